@@ -1,0 +1,117 @@
+"""What every engine's adapter answers, and what adapters share. An adapter is a pure translator."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from offloadd.state.desired import BackendOptions, Engine, ModelSpec
+from offloadd.state.launch import (
+    Endpoint,
+    ExitCause,
+    ExitKind,
+    ExitStatus,
+    Health,
+    Launch,
+    ModelFacts,
+    Placement,
+    ProbeReply,
+    Probes,
+    VramEstimate,
+)
+
+
+class Backend(Protocol):
+    """One engine. `options` are the typed fields that it offers under a model."""
+
+    name: str
+    title: str
+    options: type[BackendOptions]
+    default_command: tuple[str, ...]
+    preference: int
+    reads: tuple[str, ...]
+    """File name endings that it can load; empty when it takes anything."""
+    reads_hub_ids: bool
+    """Whether it can load `ORG/NAME` from a hub by itself."""
+    cancels_only_streams: bool
+    """True when a client that leaves ends a streaming request only, and any other runs to its end."""
+    version_argv: tuple[str, ...]
+    """Arguments that make the program print its version and exit."""
+
+    def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate:
+        """Predict the memory of one instance."""
+        ...
+
+    def launch(self, engine: Engine, spec: ModelSpec, facts: ModelFacts, placement: Placement, endpoint: Endpoint) -> Launch:
+        """The command line and environment of one instance."""
+        ...
+
+    def probes(self, spec: ModelSpec) -> Probes:
+        """How to ask whether it is ready and alive."""
+        ...
+
+    def read_probe(self, spec: ModelSpec, path: str, reply: ProbeReply) -> Health:
+        """What the reply to the probe of `path` means."""
+        ...
+
+    def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
+        """Why it ended on its own, from its exit status and the last lines of its log."""
+        ...
+
+
+NOWHERE = Placement(reserved={})
+NO_ENDPOINT = Endpoint(host="127.0.0.1", port=0)
+
+
+def fingerprint(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelFacts) -> str:
+    """Hash all that reaches the engine, with a neutral endpoint: a change means that a running instance is stale.
+
+    It is taken over the launch itself, so no list of launch-relevant fields has to be kept up beside the adapters.
+    """
+    launch = backend.launch(engine, spec, facts, NOWHERE, NO_ENDPOINT)
+    text = json.dumps([engine.name, launch.argv, sorted(launch.env.items()), spec.devices])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitPattern:
+    """A line that an engine writes before it dies, and what it means.
+
+    `message` may name groups of `pattern`; the last matching line of the log counts.
+    """
+
+    pattern: re.Pattern[str]
+    kind: ExitKind
+    message: str
+    hint: str = ""
+    permanent: bool = False
+
+
+def match_exit(patterns: Sequence[ExitPattern], log_tail: Sequence[str]) -> ExitCause | None:
+    """The first pattern, in order of `patterns`, that any line of the log matches."""
+    for entry in patterns:
+        for line in reversed(log_tail):
+            found = entry.pattern.search(line)
+            if found:
+                text = entry.message.format(**{name: value or "" for name, value in found.groupdict().items()})
+                return ExitCause(kind=entry.kind, message=text, hint=entry.hint, permanent=entry.permanent)
+    return None
+
+
+def default_exit(status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
+    """What can be said when no line of the log explains the end."""
+    moment = "while serving" if was_ready else "before it was ready"
+    last = next((line.strip() for line in reversed(log_tail) if line.strip()), "")
+    said = f"; its last line: {last}" if last else "; it wrote nothing"
+    if status.signal == 9:
+        return ExitCause(
+            kind=ExitKind.KILLED,
+            message=f"killed by SIGKILL {moment}{said}",
+            hint="someone sent kill -9, or the kernel ran out of memory: see dmesg",
+        )
+    kind = ExitKind.KILLED if status.signal in (1, 2, 3, 15) else ExitKind.CRASHED
+    return ExitCause(kind=kind, message=f"{status} {moment}{said}", hint="its log has more")

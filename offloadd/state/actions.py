@@ -1,0 +1,117 @@
+"""The planner's answer: effects, each safe alone and in any order, and a sentence per model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from offloadd.state.desired import ModelSpec
+from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
+from offloadd.state.launch import Candidate, Placement
+from offloadd.units import Bytes, Instant
+
+
+class StopReason(StrEnum):
+    """Why an instance is stopped. The last two are its own fault and count as failures."""
+
+    UNWANTED = "unwanted"
+    REPLACED = "replaced"
+    IDLE = "idle"
+    EVICTED = "evicted"
+    SHUTDOWN = "shutdown"
+    START_TIMEOUT = "start-timeout"
+    HUNG = "hung"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartInstance:
+    """Launch `instance` of `spec` with the engine and the memory given."""
+
+    instance: InstanceId
+    spec: ModelSpec
+    candidate: Candidate
+    placement: Placement
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainInstance:
+    """Give it no new request; what runs may end until `deadline`."""
+
+    instance: InstanceId
+    deadline: Instant
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopInstance:
+    """End its process tree. Planned only when it holds no lease, or its drain deadline has passed, or it is at fault."""
+
+    instance: InstanceId
+    reason: StopReason
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetInstance:
+    """Drop an exited instance, and with it its claim on memory."""
+
+    instance: InstanceId
+
+
+Action = StartInstance | DrainInstance | StopInstance | ForgetInstance
+
+
+class ModelState(StrEnum):
+    """One word for a model, over all its instances."""
+
+    OFF = "off"
+    WAITING = "waiting"
+    """Wanted, and there is no room for it yet."""
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One model's verdict of this cycle, explained in a sentence with numbers."""
+
+    model: ModelName
+    state: ModelState
+    sentence: str
+    hint: str = ""
+    retry_at: Instant | None = None
+    """When a start will next be tried, if time alone decides."""
+    engines: Mapping[BackendName, str] = field(default_factory=dict)
+    """Engines that cannot serve the model now, each with the reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceAccount:
+    """One device's books, in bytes: room is the lesser of what the limit and what the reading leaves."""
+
+    device: DeviceId
+    limit: Bytes
+    reserved: Bytes
+    untaken: Bytes
+    """Promised and not yet allocated by the instances that hold the promise."""
+    releasing: Bytes
+    """Part of `reserved` that belongs to instances on their way out."""
+    free: Bytes
+    room: Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do now, why, and when time alone could change the answer."""
+
+    actions: tuple[Action, ...] = ()
+    decisions: Mapping[ModelName, Decision] = field(default_factory=dict)
+    accounts: Mapping[DeviceId, DeviceAccount] = field(default_factory=dict)
+    wake_at: Instant | None = None

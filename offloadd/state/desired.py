@@ -1,0 +1,171 @@
+"""The desired side: what the config asks for, resolved and checked. One DesiredState per applied config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from offloadd.state.ids import BackendName, ModelName
+from offloadd.units import Bytes, Seconds, Share
+
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+
+
+class RunMode(StrEnum):
+    """When a model runs: for ever, while requests want it, or not at all."""
+
+    ALWAYS = "always"
+    ON_DEMAND = "on-demand"
+    NEVER = "never"
+
+
+class BackendKind(StrEnum):
+    """How offloadd relates to an engine's process."""
+
+    BUILTIN = "builtin"
+    CUSTOM = "custom"
+    EXTERNAL = "external"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendOptions:
+    """Base of the typed options that one engine offers under a model; adapters subclass it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartPolicy:
+    """Exponential backoff between starts, and the number of failures in a row that ends trying."""
+
+    backoff: Seconds = Seconds(1)
+    max_backoff: Seconds = Seconds(300)
+    give_up_after: int = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueLimits:
+    """How many requests may wait for a model at once, and for how long."""
+
+    max_waiting: int = 64
+    max_wait: Seconds = Seconds(120)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replicas:
+    """How many instances of a model may run at once."""
+
+    min: int = 1
+    max: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRules:
+    """Changes made to a request's JSON body before it is forwarded."""
+
+    set: Mapping[str, JsonValue] = field(default_factory=dict)
+    default: Mapping[str, JsonValue] = field(default_factory=dict)
+    remove: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.set or self.default or self.remove)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One engine of the config's `backends`: how its server is started and ranked.
+
+    `adapter` names the module in `offloadd/backends/` that speaks for it.
+    """
+
+    name: BackendName
+    adapter: str
+    kind: BackendKind = BackendKind.BUILTIN
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    preference: int = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model as the operator wants it served. Spans are seconds, sizes bytes, contexts tokens."""
+
+    name: ModelName
+    source: str
+    backends: tuple[BackendName, ...]
+    """Engines that may serve it, best first; already resolved, never empty."""
+    sources: Mapping[BackendName, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    run: RunMode = RunMode.ON_DEMAND
+    replicas: Replicas = field(default_factory=Replicas)
+    idle_timeout: Seconds = Seconds(600)
+    """Idle time after which an on-demand model is unloaded; 0 means never."""
+    priority: int = 50
+    pinned: bool = False
+    context: int = 8192
+    parallel: int = 4
+    gpu_layers: int | Literal["auto", "all"] = "auto"
+    partial: bool = False
+    devices: tuple[str, ...] | Literal["auto", "cpu"] = "auto"
+    vram: Bytes | Literal["auto"] = "auto"
+    queue: QueueLimits = field(default_factory=QueueLimits)
+    start_timeout: Seconds = Seconds(600)
+    stop_timeout: Seconds = Seconds(30)
+    drain_timeout: Seconds = Seconds(120)
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
+    request: RequestRules = field(default_factory=RequestRules)
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, BackendOptions] = field(default_factory=dict)
+    """Typed engine options by adapter name; an adapter missing here means its defaults."""
+
+    def source_for(self, backend: BackendName) -> str:
+        """What this engine loads: its own source when one is given, else the model's."""
+        return self.sources.get(backend, self.source)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBudget:
+    """How much of one device may be promised to instances: `limit` less `reserve`."""
+
+    limit: Bytes | Share = Share(95)
+    reserve: Bytes = Bytes(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """Memory that may be used: the host's RAM, GPUs by default, and single GPUs by index or UUID."""
+
+    host: DeviceBudget = field(default_factory=lambda: DeviceBudget(limit=Share(80)))
+    gpu_default: DeviceBudget = field(default_factory=lambda: DeviceBudget(reserve=Bytes(512 * 2**20)))
+    gpus: Mapping[str, DeviceBudget] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """Where the API listens, and the Host names it answers to beside loopback and those addresses."""
+
+    listen: tuple[str, ...] = ("127.0.0.1:9000",)
+    allowed_hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageSpec:
+    """Folders: the daemon's own data, and where model files are looked for."""
+
+    data_dir: str = "/var/lib/ml-offload"
+    models_path: tuple[str, ...] = ("/var/lib/ml-models",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredState:
+    """Everything one config asks for."""
+
+    server: ServerSpec = field(default_factory=ServerSpec)
+    storage: StorageSpec = field(default_factory=StorageSpec)
+    budget: Budget = field(default_factory=Budget)
+    engines: Mapping[BackendName, Engine] = field(default_factory=dict)
+    models: Mapping[ModelName, ModelSpec] = field(default_factory=dict)
+    generation: int = 0
+    """Counts applied configs; 0 before the first one."""

@@ -1,0 +1,161 @@
+"""What passes between the planner, an engine's adapter and the process runner."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from offloadd.state.ids import BackendName, DeviceId
+from offloadd.units import Bytes, Seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where an instance listens; always loopback."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """`http://host:port`, without a trailing slash."""
+        return f"http://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """The memory given to an instance, by device."""
+
+    reserved: Mapping[DeviceId, Bytes]
+
+    @property
+    def total(self) -> Bytes:
+        """Bytes over all devices."""
+        return Bytes(sum(self.reserved.values()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A program to run: its argument vector, and the variables added to a clean environment."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One HTTP GET that tells something about an instance."""
+
+    path: str
+    timeout: Seconds = Seconds(2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probes:
+    """`readiness`: all must read READY once, in order, before requests are sent.
+
+    `liveness`: must pass through the engine's own working loop, so that an answer means work can be done.
+    """
+
+    readiness: tuple[Probe, ...]
+    liveness: Probe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeReply:
+    """What a probe brought back; `status` is None when nothing answered, and `error` says why."""
+
+    status: int | None
+    body: bytes = b""
+    error: str = ""
+
+
+class Health(StrEnum):
+    """An adapter's reading of a probe's reply."""
+
+    LOADING = "loading"
+    READY = "ready"
+    SILENT = "silent"
+    """Nothing was learned: no answer, or one that says nothing about life or death."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitStatus:
+    """How a process ended; both None when it was not our child and the kernel does not tell."""
+
+    code: int | None = None
+    signal: int | None = None
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            try:
+                return f"killed by {signal.Signals(self.signal).name}"
+            except ValueError:
+                return f"killed by signal {self.signal}"
+        return "ended, exit code unknown" if self.code is None else f"exit code {self.code}"
+
+
+class ExitKind(StrEnum):
+    """Why an instance ended, as far as its exit status and its log tell."""
+
+    STOPPED = "stopped"
+    CRASHED = "crashed"
+    KILLED = "killed"
+    BAD_MODEL = "bad-model"
+    BAD_OPTION = "bad-option"
+    PORT_TAKEN = "port-taken"
+    OUT_OF_MEMORY = "out-of-memory"
+    NOT_STARTED = "not-started"
+    START_TIMEOUT = "start-timeout"
+    HUNG = "hung"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitCause:
+    """An explained exit. `permanent` means that the same start would fail the same way."""
+
+    kind: ExitKind
+    message: str
+    hint: str = ""
+    permanent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What is known of the files that an engine would load, read from disk.
+
+    `identity` changes when the content may have changed. `problem` says why it cannot be loaded, and `hint` what to do.
+    """
+
+    path: str = ""
+    size: Bytes | None = None
+    identity: str = ""
+    problem: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VramEstimate:
+    """Predicted memory of one instance, in bytes; on a machine without a GPU it is RAM."""
+
+    total: Bytes
+    basis: str
+    """How it came about, as an operator would say it: `file 96.6 MiB + margin 512 MiB`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One engine's offer to serve one model: everything the planner needs to decide about it.
+
+    `fingerprint` is a hash over all that reaches the engine's command line and environment, save the endpoint; it is empty when
+    the facts are not known. A `problem` rules the candidate out for now.
+    """
+
+    backend: BackendName
+    facts: ModelFacts
+    fingerprint: str = ""
+    estimate: VramEstimate | None = None
+    problem: str = ""
+    hint: str = ""

@@ -1,0 +1,133 @@
+"""The observed side: one ObservedState is what the machine looked like at one instant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from offloadd.state.desired import ModelSpec
+from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
+from offloadd.state.launch import Candidate, Endpoint, ExitCause, ExitStatus, Placement
+from offloadd.units import Bytes, Instant, Seconds
+
+
+class InstanceState(StrEnum):
+    """Life of one instance. DRAINING and STOPPING are entered on the planner's word, the rest is seen."""
+
+    STARTING = "starting"
+    """Asked for; its process does not hold its port yet."""
+    LOADING = "loading"
+    """Its own process holds the port and the model is not usable yet."""
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    EXITED = "exited"
+
+
+SETTLING = frozenset({InstanceState.STARTING, InstanceState.LOADING})
+"""States on the way to READY."""
+LEAVING = frozenset({InstanceState.DRAINING, InstanceState.STOPPING, InstanceState.EXITED})
+"""States that take no new request and lead to the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceView:
+    """One instance as seen. `spec` is what it was launched from, which may be older than the config."""
+
+    id: InstanceId
+    spec: ModelSpec
+    backend: BackendName
+    fingerprint: str
+    placement: Placement
+    state: InstanceState
+    since: Instant
+    """When it entered `state`."""
+    started_at: Instant
+    ready_at: Instant | None = None
+    drain_deadline: Instant | None = None
+    last_sign: Instant | None = None
+    """When its working loop last answered, or last sent bytes to a client."""
+    pid: int | None = None
+    endpoint: Endpoint | None = None
+    measured: Bytes | None = None
+    """Memory that its processes really hold; None when not known."""
+
+    @property
+    def model(self) -> ModelName:
+        """The model it serves."""
+        return self.id.model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitRecord:
+    """The end of one instance. `ready_for` is None when it never became ready."""
+
+    instance: InstanceId
+    backend: BackendName
+    fingerprint: str
+    identity: str
+    """The model file's identity at the start."""
+    at: Instant
+    status: ExitStatus
+    cause: ExitCause
+    expected: bool
+    """Whether it ended because it was told to, for a reason that is not its own fault."""
+    ready_for: Seconds | None = None
+    tail: tuple[str, ...] = ()
+    """Last lines of its log, control characters escaped."""
+
+
+class DeviceKind(StrEnum):
+    """What a memory is."""
+
+    HOST = "host"
+    NVIDIA = "nvidia"
+    AMD = "amd"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceView:
+    """One device's memory as read; `free` is what a new allocation could get."""
+
+    id: DeviceId
+    kind: DeviceKind
+    name: str
+    total: Bytes
+    free: Bytes
+    index: int = 0
+    utilization: float | None = None
+    """0..1; None when not known."""
+    temperature: float | None = None
+    """Degrees Celsius; None when not known."""
+
+    @property
+    def used(self) -> Bytes:
+        """Bytes that are not free."""
+        return Bytes(self.total - self.free)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineView:
+    """Whether an engine can be started here; `problem` says why not."""
+
+    name: BackendName
+    version: str = ""
+    path: str = ""
+    problem: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedState:
+    """One joined reading. What could not be read is absent, and absence never means "gone"."""
+
+    instances: Mapping[InstanceId, InstanceView] = field(default_factory=dict)
+    devices: Mapping[DeviceId, DeviceView] = field(default_factory=dict)
+    engines: Mapping[BackendName, EngineView] = field(default_factory=dict)
+    candidates: Mapping[ModelName, tuple[Candidate, ...]] = field(default_factory=dict)
+    """Per model, in the order of its `backends`."""
+    exits: Mapping[ModelName, tuple[ExitRecord, ...]] = field(default_factory=dict)
+    """Ends of instances, oldest first, bounded."""
+    launches: Mapping[ModelName, int] = field(default_factory=dict)
+    """Highest instance number ever used, per model."""
