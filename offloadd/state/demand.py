@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from offloadd.state.ids import BackendName, InstanceId, ModelName
+from offloadd.state.ids import InstanceId, ModelName
 from offloadd.units import Instant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """Requests queued for one model; `backend` is the engine that the oldest of them asked for, if it did."""
+    """Requests queued for one model; `oldest` is when the first of them arrived."""
 
     count: int
     oldest: Instant
-    backend: BackendName | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,8 +50,8 @@ class InstanceView:
     """When its working loop last answered, or last sent bytes to a client."""
     pid: int | None = None
     endpoint: Endpoint | None = None
-    measured: Bytes | None = None
-    """Memory that its processes really hold; None when not known."""
+    measured: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    """Memory that its processes really hold, by device; a device that is absent was not read."""
 
     @property
     def model(self) -> ModelName:

@@ -1,0 +1,81 @@
+"""Grant, queue or refuse one request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offloadd.state.actions import Decision, ModelState
+from offloadd.state.desired import ModelSpec, RunMode
+from offloadd.state.ids import BackendName, InstanceId
+from offloadd.units import Instant, Seconds, format_seconds
+
+PATIENCE = Seconds(5)
+"""A backoff up to this long is waited out in the queue; a longer one refuses at once and says when to come back."""
+FULL_RETRY = Seconds(5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """A ready instance with the requests that it holds and the number that it works on at once."""
+
+    instance: InstanceId
+    backend: BackendName
+    leases: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granted:
+    """Send it to this instance."""
+
+    instance: InstanceId
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Queued:
+    """Let it wait; something that is under way can let it in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Answer with this status now. `retry_after` is given when waiting helps."""
+
+    status: int
+    code: str
+    message: str
+    retry_after: Seconds | None = None
+
+
+def admit(
+    spec: ModelSpec, decision: Decision | None, seats: Sequence[Seat], waiting: int, *, now: Instant
+) -> Granted | Queued | Refused:
+    """Decide about the request next in line; `waiting` counts those before it in the queue."""
+    free = [seat for seat in seats if seat.leases < seat.slots]
+    if free and not waiting:
+        best = min(free, key=lambda seat: (seat.leases / seat.slots, seat.instance))
+        return Granted(instance=best.instance, why=f"{best.instance} is ready with {best.leases} of {best.slots} slots busy")
+    refusal = None if seats else hopeless(spec, decision, now=now)
+    if refusal:
+        return refusal
+    if waiting >= spec.queue.max_waiting:
+        message = f"{spec.name} has {waiting} requests waiting, which is its limit (queue.max_waiting)"
+        return Refused(status=429, code="queue_full", message=message, retry_after=FULL_RETRY)
+    return Queued()
+
+
+def hopeless(spec: ModelSpec, decision: Decision | None, *, now: Instant) -> Refused | None:
+    """Why waiting for a model that has no ready instance is in vain, if it is."""
+    if spec.run is RunMode.NEVER:
+        return Refused(status=409, code="model_disabled", message=f"{spec.name} is configured with run: never")
+    if decision is None:
+        return None
+    if decision.state is ModelState.FAILED:
+        return Refused(status=503, code="model_failed", message=f"{spec.name} cannot be served: {decision.sentence}")
+    if decision.state is ModelState.BACKOFF and decision.retry_at is not None:
+        wait = Seconds(decision.retry_at - now)
+        if wait > PATIENCE:
+            message = f"{spec.name} keeps failing: {decision.sentence}; next try in {format_seconds(wait)}"
+            return Refused(status=503, code="model_backing_off", message=message, retry_after=wait)
+    return None

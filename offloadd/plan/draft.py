@@ -1,0 +1,107 @@
+"""The plan while it is being made: what was given, what has been decided, and the ledger that claims are taken from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from offloadd.plan.accounting import Ledger, open_accounts
+from offloadd.state.actions import Action, Decision, DrainInstance, ForgetInstance, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.demand import Demand
+from offloadd.state.desired import DesiredState, ModelSpec
+from offloadd.state.ids import LOCAL, InstanceId, ModelName
+from offloadd.state.observed import InstanceState, InstanceView, ObservedState
+from offloadd.units import Instant
+
+
+class Draft:
+    """Collects actions, at most one per instance, and the earliest time at which the answer could change by itself."""
+
+    def __init__(self, desired: DesiredState, observed: ObservedState, demand: Demand, now: Instant) -> None:
+        self.desired = desired
+        self.observed = observed
+        self.demand = demand
+        self.now = now
+        self.ledger = Ledger(open_accounts(observed.devices, observed.instances.values(), desired.budget))
+        self.decisions: dict[ModelName, Decision] = {}
+        self._actions: dict[InstanceId, Action] = {}
+        self._wake_at: Instant | None = None
+        self._by_model: dict[ModelName, list[InstanceView]] = {}
+        for view in sorted(observed.instances.values(), key=lambda v: v.id):
+            self._by_model.setdefault(view.model, []).append(view)
+
+    def instances(self, model: ModelName) -> Sequence[InstanceView]:
+        """Every instance of the model that is on the books, by number."""
+        return self._by_model.get(model, ())
+
+    def spec_of(self, view: InstanceView) -> ModelSpec:
+        """The config's present word on the instance's model; what it was launched from when the model is gone."""
+        return self.desired.models.get(view.model, view.spec)
+
+    def leases(self, view: InstanceView) -> int:
+        """Requests that the instance holds."""
+        return self.demand.leases.get(view.id, 0)
+
+    def acted_on(self, view: InstanceView) -> bool:
+        """Whether this plan already has an action for the instance."""
+        return view.id in self._actions
+
+    def action(self, view: InstanceView) -> Action | None:
+        """This plan's action for the instance."""
+        return self._actions.get(view.id)
+
+    def last_used(self, view: InstanceView) -> Instant:
+        """When the instance's model was last wanted by a request; its start when that was never."""
+        return max(self.demand.last_used.get(view.model, view.started_at), view.started_at)
+
+    def wake(self, at: Instant) -> None:
+        """Plan again at `at`, if nothing happens before."""
+        if self._wake_at is None or at < self._wake_at:
+            self._wake_at = at
+
+    def decide(self, decision: Decision) -> None:
+        """Record a model's verdict."""
+        self.decisions[decision.model] = decision
+
+    def start(self, action: StartInstance) -> None:
+        """Launch an instance, and take its memory out of the room."""
+        self._actions[action.instance] = action
+        self.ledger.claim(action.placement)
+
+    def next_id(self, model: ModelName) -> InstanceId:
+        """The number after the highest that the model ever had, this plan's starts counted."""
+        numbers = [view.id.number for view in self.instances(model)]
+        numbers += [key.number for key in self._actions if key.model == model]
+        return InstanceId(LOCAL, model, max([self.observed.launches.get(model, 0), *numbers]) + 1)
+
+    def retire(self, view: InstanceView, reason: StopReason, why: str) -> None:
+        """Bring an instance to its end in good order: at once when nothing is lost, else drain it first.
+
+        Stopping without a drain is safe where no lease is held, because leases are granted from the same snapshot's state.
+        """
+        if self.acted_on(view) or view.state in (InstanceState.STOPPING, InstanceState.EXITED):
+            return
+        held = self.leases(view)
+        if not held:
+            self.stop(view, reason, why)
+        elif view.state is not InstanceState.DRAINING:
+            deadline = Instant(self.now + self.spec_of(view).drain_timeout)
+            self._actions[view.id] = DrainInstance(instance=view.id, deadline=deadline, why=f"{why}; {held} requests run")
+            self.wake(deadline)
+
+    def stop(self, view: InstanceView, reason: StopReason, why: str) -> None:
+        """End an instance now, whatever it holds."""
+        if not self.acted_on(view) and view.state not in (InstanceState.STOPPING, InstanceState.EXITED):
+            self._actions[view.id] = StopInstance(instance=view.id, reason=reason, why=why)
+
+    def forget(self, view: InstanceView) -> None:
+        """Drop an exited instance from the books."""
+        self._actions[view.id] = ForgetInstance(instance=view.id)
+
+    def finish(self) -> Plan:
+        """The plan, in an order that depends on nothing but its content."""
+        return Plan(
+            actions=tuple(self._actions[key] for key in sorted(self._actions)),
+            decisions={name: self.decisions[name] for name in sorted(self.decisions)},
+            accounts=dict(self.ledger.accounts),
+            wake_at=self._wake_at,
+        )

@@ -1,0 +1,34 @@
+"""plan(): compare what is wanted with what is there, and say what to do now, why, and when to look again.
+
+Order lives between plans, never inside one: memory is freed by one plan, seen to be free in a snapshot, and claimed by a later
+plan. So any subset of a plan's actions, in any order, leaves a world that the next plans can finish.
+"""
+
+from __future__ import annotations
+
+from offloadd.plan.draft import Draft
+from offloadd.plan.settle import settle
+from offloadd.plan.upkeep import tend
+from offloadd.plan.wants import wanted
+from offloadd.state.actions import Plan, StopReason
+from offloadd.state.demand import Demand
+from offloadd.state.desired import DesiredState
+from offloadd.state.observed import ObservedState
+from offloadd.units import Instant
+
+
+def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now: Instant) -> Plan:
+    """The next step from `observed` towards `desired` under `demand`, as of the monotonic instant `now`."""
+    draft = Draft(desired, observed, demand, now)
+    tend(draft)
+    _retire_removed(draft)
+    wants = [wanted(draft, spec) for spec in desired.models.values()]
+    for want in sorted(wants, key=lambda want: want.rank):
+        settle(draft, want)
+    return draft.finish()
+
+
+def _retire_removed(draft: Draft) -> None:
+    for view in draft.observed.instances.values():
+        if view.model not in draft.desired.models:
+            draft.retire(view, StopReason.UNWANTED, "the config no longer names its model")

@@ -1,0 +1,97 @@
+"""What decisions say: one sentence per model, with the numbers that decided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from offloadd.plan.draft import Draft
+from offloadd.plan.eviction import Evictable
+from offloadd.plan.placement import NoRoom
+from offloadd.plan.restart import RestartVerdict
+from offloadd.plan.wants import Want
+from offloadd.state.actions import Decision, ModelState, StopInstance
+from offloadd.state.observed import InstanceState, InstanceView
+from offloadd.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from offloadd.plan.settle import Outcome
+
+_BY_INSTANCE = (
+    (InstanceState.READY, ModelState.READY),
+    (InstanceState.LOADING, ModelState.LOADING),
+    (InstanceState.STARTING, ModelState.STARTING),
+)
+
+
+def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
+    """The model's decision: what its best instance does, else what came of the wish for one."""
+    views = [view for view in draft.instances(want.spec.name) if not isinstance(draft.action(view), StopInstance)]
+    for seen, state in _BY_INSTANCE:
+        best = next((view for view in reversed(views) if view.state is seen), None)
+        if best is not None:
+            return _decision(want, outcome, state, _instance_sentence(draft, best, outcome))
+    if outcome.started:
+        action = outcome.started[0]
+        room = format_bytes(action.placement.total)
+        sentence = f"starts as {action.instance} on {action.candidate.backend} with {room}: {want.why}"
+        return _decision(want, outcome, ModelState.STARTING, sentence)
+    if outcome.state not in (None, ModelState.OFF):
+        return _decision(want, outcome, outcome.state or ModelState.OFF, outcome.sentence)
+    return _leaving(draft, want, outcome)
+
+
+def _decision(want: Want, outcome: Outcome, state: ModelState, sentence: str) -> Decision:
+    return Decision(
+        model=want.spec.name,
+        state=state,
+        sentence=sentence,
+        hint=outcome.hint,
+        retry_at=outcome.retry_at,
+        engines=dict(outcome.engines),
+    )
+
+
+def _instance_sentence(draft: Draft, view: InstanceView, outcome: Outcome) -> str:
+    held = draft.leases(view)
+    text = f"{view.id} is {view.state} on {view.backend} with {format_bytes(view.placement.total)}"
+    if held:
+        text += f", {held} requests run"
+    if outcome.started:
+        text += f"; {outcome.started[0].instance} starts beside it"
+    elif outcome.sentence:
+        text += f"; another cannot start: {outcome.sentence}"
+    return text
+
+
+def _leaving(draft: Draft, want: Want, outcome: Outcome) -> Decision:
+    views = draft.instances(want.spec.name)
+    for seen, state in ((InstanceState.DRAINING, ModelState.DRAINING), (InstanceState.STOPPING, ModelState.STOPPING)):
+        view = next((view for view in views if view.state is seen), None)
+        if view is not None:
+            return _decision(want, outcome, state, f"{view.id} is {view.state}; {want.why}")
+    stopped = next((view for view in views if isinstance(draft.action(view), StopInstance)), None)
+    if stopped is not None:
+        return _decision(want, outcome, ModelState.STOPPING, f"{stopped.id} is being stopped; {want.why}")
+    return _decision(want, outcome, ModelState.OFF, outcome.sentence or f"off: {want.why}")
+
+
+def give_up_sentence(verdict: RestartVerdict) -> str:
+    """Why a candidate is not tried again, from its last end."""
+    if verdict.last is None:
+        return "given up"
+    cause = verdict.last.cause.message
+    if verdict.last.cause.permanent:
+        return cause
+    return f"{cause}; given up after {verdict.failures} failures in a row, until its config or its file changes"
+
+
+def short_sentence(draft: Draft, short: NoRoom, leaving: int, victims: Sequence[Evictable]) -> str:
+    """Why a model waits for memory, and what is being done about it."""
+    text = f"waits: {short.sentence}"
+    if victims:
+        named = ", ".join(f"{v.view.id} (idle {format_seconds(draft.now - v.last_used)})" for v in victims)
+        return f"{text}; making room with {named}"
+    if leaving and short.need <= short.room + leaving:
+        return f"{text}, {format_bytes(leaving)} being released"
+    return f"{text}, and nothing may be evicted for it now"

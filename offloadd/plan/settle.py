@@ -1,0 +1,225 @@
+"""Bring one model to the number of instances that is wanted: retire, replace, start, or say why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from offloadd.plan.draft import Draft
+from offloadd.plan.eviction import Evictable, choose_victims
+from offloadd.plan.placement import NoRoom, place
+from offloadd.plan.restart import RestartVerdict, next_restart
+from offloadd.plan.sentences import describe, give_up_sentence, short_sentence
+from offloadd.plan.wants import Want
+from offloadd.state.actions import ModelState, StartInstance, StopInstance, StopReason
+from offloadd.state.desired import ModelSpec, RunMode
+from offloadd.state.ids import BackendName
+from offloadd.state.launch import Candidate, Placement, VramEstimate
+from offloadd.state.observed import LEAVING, SETTLING, InstanceState, InstanceView
+from offloadd.units import Instant, Seconds, format_seconds
+
+FAIR_WAIT = Seconds(10)
+"""A request that has waited this long may have busy instances drained for it; before, only idle ones leave."""
+_HOPE = (ModelState.STOPPING, ModelState.BACKOFF, ModelState.FAILED)
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """What came of a model's wish for instances that it does not have. Empty when it has them all."""
+
+    state: ModelState | None = None
+    sentence: str = ""
+    hint: str = ""
+    retry_at: Instant | None = None
+    started: Sequence[StartInstance] = ()
+    engines: dict[BackendName, str] = field(default_factory=dict)
+
+
+def settle(draft: Draft, want: Want) -> None:
+    """Act for one model and record its decision."""
+    present = [view for view in draft.instances(want.spec.name) if view.state not in LEAVING and not draft.acted_on(view)]
+    stale = [view for view in present if _is_stale(draft, want.spec, view)]
+    fresh = [view for view in present if view not in stale]
+    if not want.count:
+        for view in present:
+            draft.retire(view, want.end, want.why)
+        draft.decide(describe(draft, want, Outcome(state=ModelState.OFF, sentence=f"off: {want.why}")))
+        return
+    _retire_surplus(draft, want, fresh)
+    outcome = _start_missing(draft, want, want.count - len(fresh))
+    _replace(draft, want, fresh, stale, outcome)
+    draft.decide(describe(draft, want, outcome))
+
+
+def _is_stale(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
+    """Launched from something else than the config now says. What is not known is not stale."""
+    if view.backend not in spec.backends:
+        return True
+    offers = [c for c in draft.observed.candidates.get(spec.name, ()) if c.backend == view.backend]
+    return any(offer.fingerprint and offer.fingerprint != view.fingerprint for offer in offers)
+
+
+def _retire_surplus(draft: Draft, want: Want, fresh: Sequence[InstanceView]) -> None:
+    by_worth = sorted(fresh, key=lambda v: (v.state is not InstanceState.READY, -draft.leases(v), v.id))
+    for view in by_worth[want.count :]:
+        draft.retire(view, StopReason.UNWANTED, f"{want.count} wanted, {len(fresh)} there")
+
+
+def _replace(draft: Draft, want: Want, fresh: Sequence[InstanceView], stale: Sequence[InstanceView], outcome: Outcome) -> None:
+    """Let old instances serve until a new one does; only where there is no room for both do they go first."""
+    ready = sum(view.state is InstanceState.READY for view in fresh)
+    if ready >= want.count or outcome.state is ModelState.WAITING:
+        for view in stale:
+            draft.retire(view, StopReason.REPLACED, "its config changed")
+
+
+def _start_missing(draft: Draft, want: Want, missing: int) -> Outcome:
+    outcome = Outcome()
+    if missing <= 0:
+        return outcome
+    offers = _startable(draft, want, outcome)
+    if not offers:
+        return outcome
+    started: list[StartInstance] = []
+    for _ in range(missing):
+        action = _start_one(draft, want, offers, outcome)
+        if action is None:
+            return outcome
+        started.append(action)
+    outcome.started = started
+    return outcome
+
+
+def _startable(draft: Draft, want: Want, outcome: Outcome) -> list[tuple[Candidate, VramEstimate]]:
+    """Candidates that may be started now, best first; why the others may not goes into `outcome`."""
+    found: list[tuple[Candidate, VramEstimate]] = []
+    for candidate in draft.observed.candidates.get(want.spec.name, ()):
+        if candidate.problem or candidate.estimate is None:
+            _rule_out(outcome, candidate, ModelState.FAILED, candidate.problem or "its memory need is not known", candidate.hint)
+            continue
+        ending = _ending_twin(draft, want.spec, candidate)
+        verdict = _restart_verdict(draft, want.spec, candidate)
+        if ending is not None:
+            _rule_out(outcome, candidate, ModelState.STOPPING, f"starts again when {ending.id} has ended")
+        elif verdict.gave_up:
+            hint = verdict.last.cause.hint if verdict.last else ""
+            _rule_out(outcome, candidate, ModelState.FAILED, give_up_sentence(verdict), hint)
+        elif verdict.at > draft.now:
+            draft.wake(verdict.at)
+            _rule_out(outcome, candidate, ModelState.BACKOFF, _backoff_sentence(verdict, draft.now), retry_at=verdict.at)
+        else:
+            found.append((candidate, candidate.estimate))
+    if not found and outcome.state is None:
+        outcome.state, outcome.sentence = ModelState.STARTING, "wanted: its files and engines are being looked at"
+    return found
+
+
+def _ending_twin(draft: Draft, spec: ModelSpec, candidate: Candidate) -> InstanceView | None:
+    """An instance of the same launch that is being stopped: how it ends decides whether and when to start the next."""
+    for view in draft.instances(spec.name):
+        stopping = view.state is InstanceState.STOPPING or isinstance(draft.action(view), StopInstance)
+        if stopping and view.fingerprint == candidate.fingerprint:
+            return view
+    return None
+
+
+def _restart_verdict(draft: Draft, spec: ModelSpec, candidate: Candidate) -> RestartVerdict:
+    own = [
+        record
+        for record in draft.observed.exits.get(spec.name, ())
+        if record.fingerprint == candidate.fingerprint and record.identity == candidate.facts.identity
+    ]
+    return next_restart(spec.restart, own, now=draft.now)
+
+
+def _backoff_sentence(verdict: RestartVerdict, now: Instant) -> str:
+    cause = verdict.last.cause.message if verdict.last else "it failed"
+    return f"{cause}; {verdict.failures} failures in a row, next start in {format_seconds(verdict.at - now)}"
+
+
+def _rule_out(
+    outcome: Outcome, candidate: Candidate, state: ModelState, sentence: str, hint: str = "", retry_at: Instant | None = None
+) -> None:
+    """Note why one engine cannot start the model. The most hopeful reason becomes the model's, the first of equals."""
+    outcome.engines[candidate.backend] = sentence
+    if outcome.state is None or _HOPE.index(state) < _HOPE.index(outcome.state):
+        outcome.state, outcome.sentence, outcome.hint, outcome.retry_at = state, sentence, hint, retry_at
+
+
+def _start_one(
+    draft: Draft, want: Want, offers: Sequence[tuple[Candidate, VramEstimate]], outcome: Outcome
+) -> StartInstance | None:
+    """Start with the first engine that has room; else make room for the first that can have it; else say what is short."""
+    shortages: list[tuple[Candidate, NoRoom]] = []
+    for candidate, need in offers:
+        answer = place(need, draft.ledger.room, draft.ledger.accounts)
+        if isinstance(answer, Placement):
+            action = StartInstance(
+                instance=draft.next_id(want.spec.name), spec=want.spec, candidate=candidate, placement=answer, why=want.why
+            )
+            draft.start(action)
+            return action
+        shortages.append((candidate, answer))
+        outcome.engines[candidate.backend] = answer.sentence
+    _make_room(draft, want, [short for _, short in shortages], outcome)
+    return None
+
+
+def _make_room(draft: Draft, want: Want, shortages: Sequence[NoRoom], outcome: Outcome) -> None:
+    possible = [short for short in shortages if not short.never]
+    if not possible:
+        if outcome.state is None:
+            outcome.state, outcome.sentence = ModelState.FAILED, shortages[0].sentence
+            outcome.hint = "raise the budget, or lower context, parallel or the model's size"
+        return
+    short = possible[0]
+    outcome.state = ModelState.WAITING
+    if short.device is None:
+        outcome.sentence = short.sentence
+        return
+    leaving = draft.ledger.accounts[short.device].releasing
+    rivals = _rivals(draft, want)
+    victims = () if short.need <= short.room + leaving else choose_victims(short, _evictable(draft, want, rivals))
+    for victim in victims:
+        draft.retire(victim.view, StopReason.EVICTED, f"to make room for {want.spec.name} ({want.why})")
+    outcome.sentence = short_sentence(draft, short, leaving, victims)
+    attainable = short.room + leaving + sum(rival.placement.reserved.get(short.device, 0) for rival in rivals)
+    if short.need <= attainable:
+        # Held even while nobody can leave yet, so that smaller models that come later don't eat the room as it appears.
+        draft.ledger.claim(Placement(reserved={short.device: short.need}))
+
+
+def _rivals(draft: Draft, want: Want) -> list[InstanceView]:
+    """Instances that may leave for `want` sooner or later."""
+    return [
+        view
+        for view in draft.observed.instances.values()
+        if view.state not in LEAVING and not draft.acted_on(view) and _may_leave(draft, draft.spec_of(view), want)
+    ]
+
+
+def _evictable(draft: Draft, want: Want, rivals: Sequence[InstanceView]) -> list[Evictable]:
+    """The rivals that may leave now: the idle ones, and after a fair wait the busy ones; never one that is still loading."""
+    patient = want.since > draft.now - FAIR_WAIT
+    if patient:
+        draft.wake(Instant(want.since + FAIR_WAIT))
+    return [
+        Evictable(
+            view=view,
+            busy=bool(draft.leases(view)),
+            priority=draft.spec_of(view).priority,
+            last_used=draft.last_used(view),
+        )
+        for view in rivals
+        if view.state not in SETTLING and not (patient and draft.leases(view))
+    ]
+
+
+def _may_leave(draft: Draft, spec: ModelSpec, want: Want) -> bool:
+    """Unpinned, of no higher priority, and not itself waited for longer."""
+    if spec.name == want.spec.name or spec.pinned or spec.priority > want.spec.priority:
+        return False
+    if spec.run is RunMode.ALWAYS:
+        return spec.priority < want.spec.priority
+    rival = draft.demand.waiting.get(spec.name)
+    return rival is None or spec.priority < want.spec.priority or rival.oldest > want.since

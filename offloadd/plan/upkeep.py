@@ -1,0 +1,58 @@
+"""Instances that need something whatever the config says: the dead, the drained, the late and the silent."""
+
+from __future__ import annotations
+
+from offloadd.plan.draft import Draft
+from offloadd.state.actions import StopReason
+from offloadd.state.observed import SETTLING, InstanceState, InstanceView
+from offloadd.units import Instant, Seconds, format_seconds
+
+IDLE_SILENCE = Seconds(30)
+"""An idle instance whose working loop has not answered for this long is hung."""
+BUSY_SILENCE = Seconds(300)
+"""One with requests may be silent for longer: a long prompt on a slow machine holds the loop for minutes."""
+
+
+def tend(draft: Draft) -> None:
+    """Forget, stop or watch every instance that needs it."""
+    for view in draft.observed.instances.values():
+        if view.state is InstanceState.EXITED:
+            draft.forget(view)
+        elif view.state is InstanceState.DRAINING:
+            _finish_drain(draft, view)
+        elif view.state in SETTLING:
+            _check_start(draft, view)
+        elif view.state is InstanceState.READY:
+            _check_signs(draft, view)
+
+
+def _finish_drain(draft: Draft, view: InstanceView) -> None:
+    held = draft.leases(view)
+    deadline = view.drain_deadline if view.drain_deadline is not None else draft.now
+    if not held:
+        draft.stop(view, StopReason.UNWANTED, "drained: no request runs any more")
+    elif draft.now >= deadline:
+        draft.stop(view, StopReason.UNWANTED, f"{held} requests still run at the drain deadline")
+    else:
+        draft.wake(deadline)
+
+
+def _check_start(draft: Draft, view: InstanceView) -> None:
+    limit = draft.spec_of(view).start_timeout
+    deadline = Instant(view.started_at + limit)
+    if draft.now >= deadline:
+        draft.stop(view, StopReason.START_TIMEOUT, f"not ready {format_seconds(limit)} after its start (start_timeout)")
+    else:
+        draft.wake(deadline)
+
+
+def _check_signs(draft: Draft, view: InstanceView) -> None:
+    held = draft.leases(view)
+    limit = BUSY_SILENCE if held else IDLE_SILENCE
+    last = max(view.last_sign or view.since, view.since)
+    deadline = Instant(last + limit)
+    if draft.now >= deadline:
+        state = f"with {held} requests" if held else "while idle"
+        draft.stop(view, StopReason.HUNG, f"no sign of life for {format_seconds(draft.now - last)} {state}")
+    else:
+        draft.wake(deadline)
