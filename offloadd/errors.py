@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from offloadd.units import Seconds
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class OffloaddError(Exception):
@@ -24,3 +28,32 @@ class TemporaryError(OffloaddError):
 
 class PermanentError(OffloaddError):
     """Trying the same again cannot help: something has to change first."""
+
+
+class RequestError(OffloaddError):
+    """A request that ends without the backend's answer. `retry_after` is given when waiting helps."""
+
+    def __init__(
+        self, status: int, code: str, message: str, *, retry_after: Seconds | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.retry_after = retry_after
+        self.param = param
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """`Retry-After` in whole seconds, at least one, where it applies."""
+        return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+
+    @property
+    def body(self) -> dict[str, object]:
+        """OpenAI's error object."""
+        return error_body(self.status, self.code, self.message, self.param)
+
+
+def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, object]:
+    """OpenAI's error object for a status."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "code": code, "param": param}}

@@ -59,7 +59,9 @@ def parse_bytes(text: str) -> Bytes:
 def parse_size(text: str) -> Bytes | Share:
     """Read a size as `parse_bytes` does, or a share such as `20%`."""
     if text.strip().endswith("%"):
-        number, _ = _split(text, "a share such as 20%")
+        number, unit = _split(text, "a share such as 20%")
+        if unit != "%":
+            raise ValueError("expected a share such as 20%")
         if number > 100:
             raise ValueError(f"a share is at most 100%, not {number:g}%")
         return Share(number)

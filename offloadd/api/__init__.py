@@ -1,0 +1,1 @@
+"""The control plane over HTTP: what is there, and why."""

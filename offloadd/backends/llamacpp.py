@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -145,6 +146,12 @@ _FAILURES = (
         "lower context, parallel or gpu_layers, or free memory",
     ),
 )
+_WRONG_PROCESSOR = ExitCause(
+    kind=ExitKind.NOT_STARTED,
+    message="this llama-server was built for instructions that this processor lacks (SIGILL)",
+    hint="use a llama-server built for this machine, or a portable one",
+    permanent=True,
+)
 
 
 class LlamaCpp:
@@ -215,6 +222,8 @@ class LlamaCpp:
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """Every failed start is exit 1: only the text tells them apart."""
+        if status.signal == signal.SIGILL and not was_ready:
+            return _WRONG_PROCESSOR
         if status.signal is None and not was_ready:
             cause = match_exit(_FAILURES, log_tail)
             if cause is not None:

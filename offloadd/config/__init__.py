@@ -1,0 +1,115 @@
+"""Config text in, a DesiredState or located diagnostics out.
+
+`load` is pure; `read_sources` and `SystemSecrets` touch the disk. Nothing here runs anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from offloadd.backends.base import Backend
+from offloadd.config.decode import decode
+from offloadd.config.diagnostics import Diagnostic, Severity, note, render_json, render_text
+from offloadd.config.files import ConfigUnreadableError, SystemSecrets, read_sources
+from offloadd.config.nodes import Node
+from offloadd.config.publish import json_schema
+from offloadd.config.resolve import resolve
+from offloadd.config.secrets import Secrets, secret_nodes, shown
+from offloadd.config.source import Mark, SourceText
+from offloadd.config.syntax import parse_all
+from offloadd.state.desired import DesiredState
+
+__all__ = (
+    "ConfigUnreadableError",
+    "Diagnostic",
+    "Loaded",
+    "Mark",
+    "Secrets",
+    "Severity",
+    "SourceText",
+    "SystemSecrets",
+    "json_schema",
+    "load",
+    "read_sources",
+    "render_json",
+    "render_text",
+)
+
+_MAX_DIAGNOSTICS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What one config gave. `desired` is None when any diagnostic is an error."""
+
+    desired: DesiredState | None
+    diagnostics: tuple[Diagnostic, ...]
+    """In the order of the files and of the places in them."""
+    shown: dict[str, Any]
+    """The config as written: `${…}` not filled in, literal secrets as `***`. Empty when it could not be parsed."""
+    sources: tuple[SourceText, ...]
+    hidden: frozenset[tuple[str, int]] = field(default_factory=frozenset)
+    """(file, line) of lines that hold a literal secret and are never printed."""
+
+    @property
+    def errors(self) -> tuple[Diagnostic, ...]:
+        """The diagnostics that stop the config from being applied."""
+        return tuple(entry for entry in self.diagnostics if entry.severity is Severity.ERROR)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it can be applied."""
+        return self.desired is not None
+
+    def render(self) -> str:
+        """All diagnostics as text, with source lines and carets."""
+        return render_text(self.diagnostics, self.sources, self.hidden)
+
+
+def load(sources: Sequence[SourceText], *, backends: Mapping[str, Backend], secrets: Secrets) -> Loaded:
+    """Read one config from all its texts. Never raises for what they say: every problem is a diagnostic, all at once."""
+    with _no_collections():
+        return _load(sources, backends, secrets)
+
+
+def _load(sources: Sequence[SourceText], backends: Mapping[str, Backend], secrets: Secrets) -> Loaded:
+    root, problems = parse_all(sources)
+    if root is None:
+        return Loaded(None, _sorted(problems, sources), {}, tuple(sources))
+    decoded = decode(root, backends=backends, secrets=secrets)
+    desired, found = resolve(decoded, root, backends)
+    diagnostics = _sorted([*problems, *decoded.problems, *found], sources)
+    failed = any(entry.severity is Severity.ERROR for entry in diagnostics)
+    return Loaded(None if failed else desired, diagnostics, shown(root), tuple(sources), _hidden_lines(root))
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Pause the garbage collector: the tree lives until the end, and looking through it in vain took half of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _sorted(found: Iterable[Diagnostic], sources: Sequence[SourceText]) -> tuple[Diagnostic, ...]:
+    """In reading order and bounded, errors kept first when there are too many."""
+    order = {source.name: index for index, source in enumerate(sources)}
+    ranked = sorted(found, key=lambda entry: entry.severity is not Severity.ERROR)
+    kept = ranked[:_MAX_DIAGNOSTICS]
+    if len(ranked) > len(kept):
+        kept.append(note(kept[-1].mark, f"{len(ranked) - len(kept):,} more findings are not listed"))
+    return tuple(sorted(kept, key=lambda entry: (order.get(entry.mark.file, 0), entry.mark)))
+
+
+def _hidden_lines(root: Node) -> frozenset[tuple[str, int]]:
+    """Lines of every literal secret, a text over several lines included."""
+    spans = ((node.mark.file, range(node.mark.line, node.last_line + 1)) for node in secret_nodes(root))
+    return frozenset((file, line) for file, lines in spans for line in lines)

@@ -1,0 +1,1 @@
+"""Plans turned into effects: the reconcile loop, instances, launchers, logs and reload."""

@@ -52,6 +52,8 @@ class InstanceView:
     endpoint: Endpoint | None = None
     measured: Mapping[DeviceId, Bytes] = field(default_factory=dict)
     """Memory that its processes really hold, by device; a device that is absent was not read."""
+    peak: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    """The most that was ever measured of it."""
 
     @property
     def model(self) -> ModelName:

@@ -1,0 +1,128 @@
+"""The aiohttp application: routes, and the middleware that every request passes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Any
+
+from aiohttp import web
+
+from offloadd.api import views
+from offloadd.api.guard import check_host, check_site
+from offloadd.api.picture import Control, Picture
+from offloadd.errors import RequestError, error_body
+from offloadd.state.desired import ModelSpec
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 64 * 2**20
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_ID_KEY: web.RequestKey[str] = web.RequestKey("request_id", str)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build_app(
+    control: Control, routes: Iterable[web.RouteDef], find: Callable[[str], ModelSpec], allowed_hosts: Collection[str]
+) -> web.Application:
+    """The whole API: the control plane's own routes and those of the data plane. `find` resolves a model's name or alias."""
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(allowed_hosts)])
+    app.on_response_prepare.append(_name_response)
+    app.add_routes(_control_routes(control, find))
+    app.add_routes(routes)
+    return app
+
+
+def request_id(request: web.Request) -> str:
+    """The request's own id, or the one that we gave it."""
+    return request[_ID_KEY]
+
+
+async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["X-Request-Id"] = request[_ID_KEY]
+
+
+def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[web.RouteDef]:
+    def show(view: Callable[[Picture], Any]) -> Handler:
+        async def handler(_: web.Request) -> web.Response:
+            return web.json_response(view(control.look()))
+
+        return handler
+
+    def show_model(view: Callable[[Picture, ModelSpec], Any]) -> Handler:
+        async def handler(request: web.Request) -> web.Response:
+            spec = find(request.match_info["name"])
+            return web.json_response(view(control.look(), spec))
+
+        return handler
+
+    async def health(_: web.Request) -> web.Response:
+        picture = control.look()
+        return web.json_response(views.health(picture), status=200 if picture.alive else 503)
+
+    async def backend(request: web.Request) -> web.Response:
+        picture, name = control.look(), request.match_info["name"]
+        engine = next((e for e in picture.desired.engines.values() if e.name == name), None)
+        if engine is None:
+            raise RequestError(404, "backend_not_found", f'no backend is called "{name[:64]}"; GET /backends lists them')
+        return web.json_response(views.backend(picture, engine))
+
+    async def reload(request: web.Request) -> web.Response:
+        if request.query.get("wait") == "0":
+            control.reload_soon()
+            return web.json_response({"accepted": True}, status=202)
+        status = views.config_status((await control.reload()).config)
+        return web.json_response(status, status=200 if status["last_attempt"]["ok"] else 400)
+
+    return [
+        web.get("/health", health),
+        web.get("/vram/status", show(views.vram_status)),
+        web.get("/models", show(views.models)),
+        web.get("/models/{name:.+}", show_model(views.model)),
+        web.get("/backends", show(views.backends)),
+        web.get("/backends/{name}", backend),
+        web.get("/config", show(views.config)),
+        web.post("/reload", reload),
+        web.get("/v1/models", show(views.openai_models)),
+        web.get("/v1/models/{name:.+}", show_model(views.openai_model)),
+    ]
+
+
+def _middleware(allowed_hosts: Collection[str]) -> Any:
+    @web.middleware
+    async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("X-Request-Id", "")
+        request[_ID_KEY] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        try:
+            check_host(request, allowed_hosts)
+            check_site(request)
+            response = await handler(request)
+        except RequestError as error:
+            response = web.json_response(error.body, status=error.status, headers=error.headers)
+        except web.HTTPException as error:
+            response = _foreign(request, error)
+        except (ConnectionResetError, web.RequestPayloadError):
+            raise
+        except Exception:
+            log.exception("request %s %s %r failed", request[_ID_KEY], request.method, request.path)
+            body = error_body(500, "internal_error", f"offloadd failed on request {request[_ID_KEY]}: its log says why")
+            response = web.json_response(body, status=500)
+        return response
+
+    return around
+
+
+def _foreign(request: web.Request, error: web.HTTPException) -> web.Response:
+    """aiohttp's own refusals in our shape."""
+    messages = {
+        404: f"there is nothing at {request.path[:200]}; the README lists the paths",
+        405: f"{request.method} is not possible on {request.path[:200]}",
+        413: f"the body is larger than {MAX_BODY} bytes",
+    }
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+    code = codes.get(error.status, "http_error")
+    message = messages.get(error.status, error.reason)
+    kept = {name: value for name, value in error.headers.items() if name == "Allow"}
+    return web.json_response(error_body(error.status, code, message), status=error.status, headers=kept)

@@ -1,0 +1,52 @@
+"""Who may speak to us at all: no other name for this machine, and no page of another site."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Collection
+
+from aiohttp import web
+
+from offloadd.errors import RequestError
+
+_CHANGING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+_FORBIDDEN_IN_HOST = frozenset("/?#@\\")
+
+
+def check_host(request: web.Request, allowed: Collection[str]) -> None:
+    """Refuse a Host that is not loopback, not an address that we listen on and not allowed by the config.
+
+    A page whose own name was made to resolve to this machine (DNS rebinding) would otherwise be let in by the browser.
+    """
+    hosts = request.headers.getall("Host", [])
+    if len(hosts) > 1 or any(char in host for host in hosts for char in _FORBIDDEN_IN_HOST):
+        raise RequestError(400, "bad_host", "the request's Host header is not a host name")
+    if request.transport is not None and request.transport.get_extra_info("peername") in (None, ""):
+        return  # a UNIX socket: no browser can be made to speak to it
+    name = _without_port(hosts[0]).lower() if hosts else ""
+    if name not in allowed and not _is_loopback(name):
+        message = f'this server does not answer to the name "{name[:128]}"; add it to server.allowed_hosts if it should'
+        raise RequestError(403, "host_not_allowed", message)
+
+
+def check_site(request: web.Request) -> None:
+    """Refuse calls that a browser makes for another site's page and that would cost or change something."""
+    if request.method not in _CHANGING:
+        return
+    if request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site") or request.headers.get("Origin") == "null":
+        raise RequestError(403, "cross_site", "calls from other sites' pages are not accepted")
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].split("]", 1)[0]
+    return host.rsplit(":", 1)[0] if ":" in host else host
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,99 @@
+"""The `offloadd` command: run the daemon, check a config, print its schema, show it working."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from offloadd import __version__, journal
+from offloadd.backends import discover
+from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, json_schema, load, read_sources, render_json
+from offloadd.daemon import serve
+from offloadd.demo import run_demo
+from offloadd.errors import OffloaddError
+from offloadd.terminal import FAILED, JsonOption, run_app
+
+DEFAULT_CONFIG = Path("/etc/offloadd/offloadd.yaml")
+
+app = typer.Typer(
+    help="One daemon that owns the LLM server processes of a GPU machine.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[Path, typer.Argument(help="A config file, or a directory of them.")]
+
+
+def main() -> None:
+    """Run the command; exit 0 fine, 1 foreseen failure, 2 wrong usage, 3 a bug."""
+    run_app(app)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Option("--config", "-c", help="A config file, or a directory of them.")] = DEFAULT_CONFIG,
+) -> None:
+    """Run the daemon until SIGTERM. SIGHUP reloads the config, as does a change of its file."""
+    # Until it is handled, SIGHUP would end us, and systemd takes that for a clean end.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    journal.set_up()
+    asyncio.run(serve(config, discover()))
+
+
+@app.command()
+def check(path: ConfigArgument, as_json: JsonOption = False) -> None:
+    """Say everything that is wrong with a config, with file, line and column. Exit 1 if it would be refused."""
+    loaded = _load(path)
+    if as_json:
+        print(json.dumps({"ok": loaded.ok, "diagnostics": render_json(loaded.diagnostics)}, indent=2))
+    else:
+        text = loaded.render()
+        print(text, end="\n" if text and not text.endswith("\n") else "")
+        print(_verdict(path, loaded))
+    if not loaded.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the config, for editors and for Nix."""
+    print(json.dumps(json_schema(discover()), indent=2))
+
+
+@app.command()
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Ask one question and exit.")] = False,
+    question: Annotated[str, typer.Option(help="What to ask.")] = "What is gravity?",
+    port: Annotated[int, typer.Option(help="Port to listen on; taken from the free ones if it is in use.")] = 9000,
+) -> None:
+    """Serve a small real model with a real llama-server, and ask it something through the port."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    asyncio.run(run_demo(once=once, question=question, port=port))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _load(path: Path) -> Loaded:
+    try:
+        sources = read_sources(path)
+    except ConfigUnreadableError as error:
+        raise OffloaddError(f"{error.message}", hint=error.hint) from None
+    return load(sources, backends=discover(), secrets=SystemSecrets())
+
+
+def _verdict(path: Path, loaded: Loaded) -> str:
+    if loaded.desired is None:
+        count = len(loaded.errors)
+        return f"{path}: refused, {count} error{'s' if count != 1 else ''}"
+    models = len(loaded.desired.models)
+    return f"{path}: good, {models} model{'s' if models != 1 else ''}"

@@ -1,0 +1,27 @@
+"""The published JSON Schema of the config file, for editors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from offloadd.backends.base import Backend
+from offloadd.config.sections import config_model
+
+
+def json_schema(backends: Mapping[str, Backend]) -> dict[str, Any]:
+    """Draft 2020-12, of the file as its author writes it, with each field's description, default and bounds."""
+    schema = config_model(backends).model_json_schema(mode="validation")
+    _close(schema)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "offloadd.yaml"}
+
+
+def _close(schema: Any) -> None:
+    """Where keys have a pattern, no other key is allowed: the library leaves that open."""
+    if isinstance(schema, dict):
+        if "patternProperties" in schema:
+            schema.setdefault("additionalProperties", False)
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for part in schema:
+            _close(part)

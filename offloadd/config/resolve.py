@@ -1,0 +1,290 @@
+"""References between parts of a config, rules across them, and the DesiredState that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from offloadd.backends.base import Backend
+from offloadd.config.decode import Decoded
+from offloadd.config.diagnostics import Diagnostic, did_you_mean, error, note, warning
+from offloadd.config.engines import Builtin, builtins, can_read, is_hub_id
+from offloadd.config.nodes import Node, Path, find
+from offloadd.config.notes import notes
+from offloadd.config.owned import owned_flag, owned_variable
+from offloadd.config.schema import BackendSection, BudgetSection, ConfigFile, GpuBudget, ModelSection, Section
+from offloadd.config.sections import to_options
+from offloadd.state.desired import (
+    BackendKind,
+    BackendOptions,
+    Budget,
+    DesiredState,
+    DeviceBudget,
+    Engine,
+    ModelSpec,
+    QueueLimits,
+    Replicas,
+    RequestRules,
+    RestartPolicy,
+    ServerSpec,
+    StorageSpec,
+)
+from offloadd.state.ids import BackendName, ModelName
+
+
+def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tuple[DesiredState | None, list[Diagnostic]]:
+    """Check what `decode` left and make the state of it; only a whole config's state is worth keeping."""
+    if decoded.config is None:
+        return None, []
+    scope = _Scope(decoded.config, decoded, root, backends)
+    models = {ModelName(name): _model(scope, name, section) for name, section in decoded.config.models.items()}
+    _check_backends(scope)
+    _check_names(scope)
+    _check_budget(scope)
+    scope.found.extend(notes(decoded.config, root))
+    if not decoded.config.models and not decoded.problems:
+        scope.found.append(warning(root.mark, "no models: whatever runs will be stopped"))
+    named = {name for spec in models.values() for name in spec.backends}
+    state = DesiredState(
+        server=ServerSpec(listen=decoded.config.server.listen, allowed_hosts=decoded.config.server.allowed_hosts),
+        storage=StorageSpec(data_dir=decoded.config.storage.data_dir, models_path=decoded.config.storage.models_path),
+        budget=_budget(decoded.config.budget),
+        engines=_engines(scope, named),
+        models=models,
+    )
+    return state, scope.found
+
+
+@dataclass(slots=True)
+class _Scope:
+    """What every check looks at, and where it leaves what it found."""
+
+    config: ConfigFile
+    decoded: Decoded
+    root: Node
+    backends: Mapping[str, Backend]
+    found: list[Diagnostic] = field(default_factory=list)
+    builtin: dict[str, Builtin] = field(init=False)
+    engine_names: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.builtin = builtins(self.backends)
+        # From the tree, so that an entry with a mistake in it does not make every model that names it wrong too.
+        written, reached = find(self.root, ("backends",))
+        keys = written.node.value if reached and isinstance(written.node.value, dict) else {}
+        self.engine_names = list(dict.fromkeys((*self.builtin, *keys)))
+
+    def node(self, *path: str | int) -> Node:
+        """The value written at `path`."""
+        return find(self.root, path)[0].node
+
+    def written(self, *path: str | int) -> str:
+        """That value's text, references not filled in: the only form that a message may quote."""
+        return str(self.node(*path).value)[:80]
+
+    def error(self, path: Path, message: str, hint: str = "", *, key: bool = False) -> None:
+        """Report at the value, or at its key."""
+        entry, _ = find(self.root, path)
+        self.found.append(error(entry.key if key else entry.node.mark, message, hint))
+
+
+def _model(scope: _Scope, name: str, section: ModelSection) -> ModelSpec:
+    path = ("models", name)
+    _check_owned(scope, path, section.args, section.env)
+    if "idle_timeout" in section.model_fields_set and section.run != "on-demand":
+        mark = find(scope.root, (*path, "idle_timeout"))[0].key
+        scope.found.append(warning(mark, f"idle_timeout has no effect with run: {section.run}"))
+    return ModelSpec(
+        name=ModelName(name),
+        source=section.source,
+        backends=_engines_of(scope, name, section),
+        sources={BackendName(engine): source for engine, source in section.sources.items()},
+        aliases=section.aliases,
+        run=section.run,
+        replicas=Replicas(min=section.replicas.min, max=section.replicas.max),
+        idle_timeout=section.idle_timeout,
+        priority=section.priority,
+        pinned=section.pinned,
+        context=section.context,
+        parallel=section.parallel,
+        gpu_layers=section.gpu_layers,
+        partial=section.partial,
+        devices=section.devices,
+        vram=section.vram,
+        queue=QueueLimits(max_waiting=section.queue.max_waiting, max_wait=section.queue.max_wait),
+        start_timeout=section.start_timeout,
+        stop_timeout=section.stop_timeout,
+        drain_timeout=section.drain_timeout,
+        restart=RestartPolicy(
+            backoff=section.restart.backoff,
+            max_backoff=section.restart.max_backoff,
+            give_up_after=section.restart.give_up_after,
+        ),
+        request=RequestRules(set=section.request.set, default=section.request.default, remove=section.request.remove),
+        args=section.args,
+        env=section.env,
+        options=dict(_options(scope, section)),
+    )
+
+
+def _options(scope: _Scope, section: ModelSection) -> Iterator[tuple[str, BackendOptions]]:
+    for name, adapter in scope.backends.items():
+        written = getattr(section, name, None)
+        if isinstance(written, Section):
+            yield name, to_options(written, adapter.options)
+
+
+def _engines_of(scope: _Scope, model: str, section: ModelSection) -> tuple[BackendName, ...]:
+    path = ("models", model)
+    if not all(scope.decoded.is_whole((*path, part)) for part in ("source", "sources", "backends")):
+        return ()
+    for engine in section.sources:
+        if engine not in scope.engine_names:
+            scope.error((*path, "sources", engine), _unknown_backend(engine, engine, scope), key=True)
+    if section.backends is None:
+        return _default_engines(scope, path, section)
+    for index, engine in enumerate(section.backends):
+        _check_engine(scope, (*path, "backends", index), engine, section)
+    return tuple(BackendName(engine) for engine in section.backends)
+
+
+def _check_engine(scope: _Scope, path: Path, engine: str, section: ModelSection) -> None:
+    if engine not in scope.engine_names:
+        scope.error(path, _unknown_backend(engine, scope.written(*path), scope))
+        return
+    known = scope.builtin.get(engine)
+    if known is None:
+        return
+    if known.adapter is None:
+        scope.found.append(note(scope.node(*path).mark, f'accepted, but "{engine}" is not started yet'))
+    elif is_hub_id(section.sources.get(engine, section.source), scope.backends) and not known.adapter.reads_hub_ids:
+        # Only this is sure. A file may have any ending, and whoever names an engine for it may know better.
+        message = f"{known.adapter.title} loads files ({', '.join(known.adapter.reads)}), and the source is a hub id"
+        scope.error(path, message, f"give it a file of its own: sources: {{{engine}: …}}")
+
+
+def _default_engines(scope: _Scope, path: Path, section: ModelSection) -> tuple[BackendName, ...]:
+    """Every engine that can read what it would be given, the preferred one first."""
+    preferences = {name: _preference(scope, name) for name in scope.engine_names}
+    ranked = sorted(scope.engine_names, key=lambda name: (preferences[name], name))
+    chosen = [name for name in ranked if _offers(scope, name, section)]
+    if not chosen:
+        readable = "; ".join(f"{one.name} reads {', '.join(one.adapter.reads)}" for one in scope.builtin.values() if one.adapter)
+        message = f'no engine can read "{scope.written(*path, "source")}" ({readable})'
+        scope.error((*path, "source"), message, "name the engine that can: backends: […]")
+    elif all(name in scope.builtin and scope.builtin[name].adapter is None for name in chosen):
+        mark = scope.node(*path, "source").mark
+        scope.found.append(note(mark, f"accepted, but the engines that read it ({', '.join(chosen)}) are not started yet"))
+    return tuple(BackendName(name) for name in chosen)
+
+
+def _offers(scope: _Scope, name: str, section: ModelSection) -> bool:
+    if name not in scope.builtin:
+        return name in section.sources
+    return can_read(scope.builtin[name], section.sources.get(name, section.source), scope.backends)
+
+
+def _unknown_backend(name: str, written: str, scope: _Scope) -> str:
+    return f'unknown backend "{written}"{did_you_mean(name, scope.engine_names) or _known(scope)}'
+
+
+def _known(scope: _Scope) -> str:
+    return f" (known: {', '.join(scope.engine_names[:20])})"
+
+
+def _check_owned(scope: _Scope, path: Path, args: tuple[str, ...], env: Mapping[str, str]) -> None:
+    for index, argument in enumerate(args):
+        owned = owned_flag(argument)
+        if owned:
+            scope.error((*path, "args", index), f"{owned[0]} must not be set here", owned[1])
+    for variable in env:
+        instead = owned_variable(variable)
+        if instead:
+            scope.error((*path, "env", variable), f"{variable} must not be set here", instead, key=True)
+
+
+def _check_backends(scope: _Scope) -> None:
+    for name, section in scope.config.backends.items():
+        path = ("backends", name)
+        if section.kind is None and name not in scope.builtin and scope.decoded.is_whole(path):
+            near = did_you_mean(name, scope.builtin)
+            hint = "an engine of your own says kind: custom or kind: external"
+            scope.error(path, f'there is no built-in engine "{name}"{near}', hint, key=True)
+        elif section.kind is not None and name in scope.builtin:
+            scope.error((*path, "kind"), f'"{name}" is built in and has no kind', "take another name for an engine of your own")
+        elif name in scope.builtin:
+            _check_owned(scope, path, section.args, section.env)
+            if scope.builtin[name].adapter is None:
+                scope.found.append(note(find(scope.root, path)[0].key, f'accepted, but "{name}" is not started yet'))
+
+
+def _check_names(scope: _Scope) -> None:
+    """A client's name for a model leads to one model only."""
+    owners: dict[str, tuple[str, Path]] = {name: (name, ("models", name)) for name in scope.config.models}
+    for name, section in scope.config.models.items():
+        for index, alias in enumerate(section.aliases):
+            path: Path = ("models", name, "aliases", index)
+            owner, there = owners.setdefault(alias, (name, path))
+            if there != path:
+                first = find(scope.root, there)[0].key
+                what = "the name of a model" if len(there) == 2 else f'also an alias of "{owner}"'
+                scope.error(path, f'alias "{scope.written(*path)}" is {what}, at {first}')
+
+
+def _check_budget(scope: _Scope) -> None:
+    _check_reserve(scope, ("budget", "host"), scope.config.budget.host.limit, scope.config.budget.host.reserve)
+    for name, gpu in scope.config.budget.gpus.items():
+        _check_reserve(scope, ("budget", "gpus", name), gpu.limit, gpu.reserve if "reserve" in gpu.model_fields_set else 0)
+
+
+def _check_reserve(scope: _Scope, path: Path, limit: object, reserve: int) -> None:
+    if isinstance(limit, int) and reserve > limit:
+        scope.error((*path, "reserve"), "reserve is more than limit, so nothing would be left", "lower it, or set limit: 0")
+
+
+def _budget(section: BudgetSection) -> Budget:
+    default = _device(section.gpus.get("default", GpuBudget()), Budget().gpu_default)
+    return Budget(
+        host=DeviceBudget(limit=section.host.limit, reserve=section.host.reserve),
+        gpu_default=default,
+        gpus={name: _device(gpu, default) for name, gpu in section.gpus.items() if name != "default"},
+    )
+
+
+def _device(section: GpuBudget, default: DeviceBudget) -> DeviceBudget:
+    """What is not written is as in `default`."""
+    written = section.model_fields_set
+    return DeviceBudget(
+        limit=section.limit if "limit" in written else default.limit,
+        reserve=section.reserve if "reserve" in written else default.reserve,
+    )
+
+
+def _engines(scope: _Scope, named: set[BackendName]) -> dict[BackendName, Engine]:
+    """Every engine that can be started, and every other one that the config mentions."""
+    found: dict[BackendName, Engine] = {}
+    for name in map(BackendName, scope.engine_names):
+        written = scope.config.backends.get(name)
+        if written or name in named or name in scope.backends:
+            found[name] = _engine(scope, name, written or BackendSection())
+    return found
+
+
+def _engine(scope: _Scope, name: BackendName, section: BackendSection) -> Engine:
+    builtin = scope.builtin.get(name)
+    return Engine(
+        name=name,
+        adapter=name if builtin else str(section.kind),
+        kind=BackendKind(section.kind or "builtin"),
+        command=section.command or (builtin.command if builtin else ()),
+        args=section.args,
+        env=section.env,
+        preference=_preference(scope, name),
+    )
+
+
+def _preference(scope: _Scope, name: str) -> int:
+    written = scope.config.backends.get(name)
+    if written is not None and written.preference is not None:
+        return written.preference
+    return scope.builtin[name].preference if name in scope.builtin else Engine(name=BackendName(name), adapter="").preference

@@ -1,0 +1,330 @@
+"""The composition root: builds the parts, joins them, and runs them in one TaskGroup until a signal says stop."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import aiohttp
+from aiohttp import http_parser, web
+
+from offloadd.api.app import build_app, request_id
+from offloadd.api.picture import ConfigStatus, Picture, Problem
+from offloadd.backends.base import Backend
+from offloadd.clock import Clock, SystemClock
+from offloadd.config import render_json
+from offloadd.errors import PermanentError
+from offloadd.observe.devices.host import HostReader
+from offloadd.observe.probes import Prober
+from offloadd.observe.processes import holds_port
+from offloadd.observe.snapshot import Observer
+from offloadd.proxy import upstream
+from offloadd.proxy.gateway import Gateway
+from offloadd.proxy.leases import Host, LeaseBook
+from offloadd.runtime.executor import Executor
+from offloadd.runtime.instance import Tools
+from offloadd.runtime.launchers.local import LocalLauncher
+from offloadd.runtime.logs import LogFolder
+from offloadd.runtime.reconciler import Reconciler
+from offloadd.runtime.reload import ConfigStore, explain
+from offloadd.state.actions import Decision, ModelState, Plan
+from offloadd.state.desired import DesiredState
+from offloadd.state.ids import BackendName, InstanceId, ModelName
+from offloadd.state.observed import InstanceState, ObservedState
+from offloadd.units import Seconds
+
+log = logging.getLogger(__name__)
+
+REFRESH = Seconds(2)
+"""How often devices, engines and model files are looked at again."""
+TRIM = Seconds(1)
+"""How often instances' logs are checked against their bound."""
+GRACE = Seconds(30)
+"""On SIGTERM, requests that run may go on for so long; a second signal ends the wait."""
+STALLED = Seconds(30)
+"""A reconcile loop that completed no cycle for so long makes no progress: /health answers 503."""
+
+
+async def serve(config: Path, backends: Mapping[str, Backend], started: Callable[[Daemon], None] = lambda _: None) -> None:
+    """Run the daemon for one config path until a signal ends it; PermanentError when the start is not possible.
+
+    `started` is called once it listens.
+    """
+    if not hasattr(http_parser, "HttpRequestParserC"):
+        # The pure-Python parser accepts other things than the C one: what is refused must not depend on how it was installed.
+        raise PermanentError("aiohttp's C parser is missing", hint="reinstall aiohttp from a wheel")
+    clock = SystemClock()
+    store = ConfigStore(config, backends=backends, clock=clock)
+    await store.start()
+    data_dir = Path(store.applied.desired.storage.data_dir)
+    with _locked(data_dir):
+        async with upstream.open_session() as session:
+            await Daemon(store, backends, clock, data_dir, session).run(started)
+
+
+class Daemon:
+    """Everything that runs for one config path and one data folder."""
+
+    def __init__(
+        self, store: ConfigStore, backends: Mapping[str, Backend], clock: Clock, data_dir: Path, session: aiohttp.ClientSession
+    ) -> None:
+        self._clock = clock
+        self._store = store
+        self._backends = backends
+        self._session = session
+        self._started_wall = clock.wall()
+        self._problem_since: dict[str, float] = {}
+        self._leaving = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._asked: asyncio.Task[Picture] | None = None
+        self._observer = Observer([HostReader()], backends)
+        self._launcher = LocalLauncher(data_dir)
+        self._logs = LogFolder(data_dir / "logs")
+        self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake)
+        self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools())
+        self._reconciler = Reconciler(
+            clock=clock, desired=self._desired, observed=self._observed, demand=self._book.demand, apply=self._apply
+        )
+
+    async def run(self, started: Callable[[Daemon], None]) -> None:
+        """Serve until told to stop."""
+        await self._clear_strays()
+        await self._look_ahead(self._store.applied.desired)
+        self._store.follow(before=self._look_ahead, after=self._follow_config)
+        async with self._serving(), asyncio.TaskGroup() as group:
+            loops = (self._reconciler.run(), self._keep_fresh(), self._keep_logs(), self._store.watch())
+            tasks = [group.create_task(loop) for loop in loops]
+            self._handle_signals(group)
+            started(self)
+            await self._leaving.wait()
+            await self._wind_down()
+            for task in tasks:
+                task.cancel()
+
+    def stop(self) -> None:
+        """Begin to end: as SIGTERM does. Called again, it stops waiting for requests."""
+        if self._leaving.is_set():
+            self._hurry.set()
+        self._leaving.set()
+
+    def look(self) -> Picture:
+        """One reading of everything."""
+        attempt, applied = self._store.attempt, self._store.applied
+        now, wall = self._clock.now(), self._clock.wall()
+        config = ConfigStatus(
+            generation=applied.desired.generation,
+            applied_wall=applied.wall,
+            attempt_wall=attempt.wall,
+            attempt_ok=attempt.applied,
+            message="" if attempt.applied else explain(attempt),
+            diagnostics=render_json(attempt.diagnostics),
+            shown=applied.shown,
+        )
+        return Picture(
+            now=now,
+            wall=wall,
+            started_wall=self._started_wall,
+            desired=self._desired(),
+            observed=self._observed(),
+            demand=self._book.demand(),
+            plan=self._reconciler.latest,
+            config=config,
+            problems=self._problems(wall),
+            alive=now - self._reconciler.completed_at < STALLED,
+        )
+
+    async def reload(self) -> Picture:
+        """Read the config again and apply it if it is good."""
+        await self._store.reload("POST /reload")
+        return self.look()
+
+    def reload_soon(self) -> None:
+        """The same, not waited for; its outcome is in the log and in the next picture."""
+        self._asked = asyncio.create_task(self.reload())
+
+    def _tools(self) -> Tools:
+        return Tools(
+            clock=self._clock,
+            launcher=self._launcher,
+            logs=self._logs,
+            probe=Prober(self._session),
+            holds_port=holds_port,
+            changed=self._changed,
+            hang_up=self._book.hang_up,
+        )
+
+    async def _clear_strays(self) -> None:
+        """Processes of an earlier daemon that was killed: what we cannot vouch for must not keep memory."""
+        killed = await asyncio.to_thread(self._launcher.sweep_home)
+        if killed:
+            log.warning("killed %d processes that an earlier daemon with this data folder had left running", killed)
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[None]:
+        gateway = Gateway(
+            book=self._book,
+            desired=lambda: self._store.applied.desired,
+            session=self._session,
+            cancels_only_streams=self._cancels_only_streams,
+            request_id=request_id,
+        )
+        server = self._store.applied.desired.server
+        app = build_app(self, gateway.routes(), gateway.find, _allowed_hosts(server.listen, server.allowed_hosts))
+        # A client that leaves must end its handler: aiohttp leaves that off by default.
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        try:
+            for address in server.listen:
+                await _listen(runner, address)
+            yield
+        finally:
+            await runner.cleanup()
+            await gateway.close()
+
+    def _handle_signals(self, group: asyncio.TaskGroup) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+
+    async def _reload_by_signal(self) -> None:
+        await self._store.reload("SIGHUP")
+
+    async def _wind_down(self) -> None:
+        """An empty config drains and stops everything by the ordinary rules; after the grace, all that is left is stopped."""
+        log.info("stopping: no new requests; those that run may go on for %g s", GRACE)
+        self._book.close("offloadd is shutting down")
+        self._wake()
+        deadline = self._clock.now() + GRACE
+        while self._executor.views() and self._clock.now() < deadline and not self._hurry.is_set():
+            try:
+                async with asyncio.timeout(0.05):
+                    await self._hurry.wait()
+            except TimeoutError:
+                pass
+        self._executor.stop_all("offloadd is shutting down")
+        await self._executor.wait_all()
+        log.info("stopped: no process is left")
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH)
+            if await self._observer.refresh(self._desired(), self._executor.pids()):
+                self._wake()
+
+    async def _keep_logs(self) -> None:
+        while True:
+            await asyncio.sleep(TRIM)
+            await asyncio.to_thread(self._logs.trim, list(self._executor.views()))
+
+    async def _look_ahead(self, desired: DesiredState) -> None:
+        """Read the files and engines that a new config names, so that the first plan for it knows them."""
+        await self._observer.refresh(desired, self._executor.pids())
+
+    def _follow_config(self) -> None:
+        models = self._store.applied.desired.models
+        self._executor.forget_models(models)
+        self._book.forget_models(models.get)
+        self._wake()
+
+    def _desired(self) -> DesiredState:
+        applied = self._store.applied.desired
+        return DesiredState(budget=applied.budget, storage=applied.storage) if self._leaving.is_set() else applied
+
+    def _observed(self) -> ObservedState:
+        return self._observer.snapshot(self._executor.observed())
+
+    def _apply(self, plan: Plan) -> None:
+        self._executor.apply(plan)
+        # Before the next request can come in: those that wait see the decisions and instances of this plan.
+        self._book.serve_all()
+
+    def _changed(self, instance: InstanceId) -> None:
+        self._book.serve_all()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._reconciler.wake()
+
+    def _hosts(self, model: ModelName) -> Sequence[Host]:
+        found: list[Host] = []
+        for key, view in self._executor.views().items():
+            instance = self._executor.get(key)
+            if key.model == model and view.state is InstanceState.READY and view.endpoint and instance:
+                found.append(
+                    Host(instance=key, backend=view.backend, endpoint=view.endpoint, slots=view.spec.parallel, sign=instance.sign)
+                )
+        return found
+
+    def _decision(self, model: ModelName) -> Decision | None:
+        return self._reconciler.latest.decisions.get(model)
+
+    def _cancels_only_streams(self, name: BackendName) -> bool:
+        engine = self._store.applied.desired.engines.get(name)
+        backend = self._backends.get(engine.adapter) if engine else None
+        return backend is not None and backend.cancels_only_streams
+
+    def _problems(self, wall: float) -> list[Problem]:
+        found = {f"{what} {why}": "" for what, why in self._observer.problems.items()}
+        if self._reconciler.problem:
+            found[f"the last reconcile cycle failed: {self._reconciler.problem}"] = "this is a bug: see the log"
+        if not self._store.attempt.applied:
+            found["the last config was refused; the one before it is in force"] = "run offloadd check on it, correct it and reload"
+        for name, decision in self._reconciler.latest.decisions.items():
+            if decision.state in (ModelState.FAILED, ModelState.BACKOFF):
+                found[f"{name} {decision.state}: {decision.sentence}"] = decision.hint
+        self._problem_since = {what: self._problem_since.get(what, wall) for what in found}
+        return [Problem(what=what, since=self._problem_since[what], hint=hint) for what, hint in found.items()]
+
+
+@contextmanager
+def _locked(data_dir: Path) -> Iterator[None]:
+    """Hold the data folder: two daemons on it would stop each other's servers."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        hint = "create it, make it writable for this user, or set storage.data_dir"
+        raise PermanentError(f"cannot use the data folder {data_dir}: {error.strerror}", hint=hint) from None
+    try:
+        _take(lock, data_dir)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, data_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        message = f"another offloadd (pid {holder}) uses the data folder {data_dir}"
+        raise PermanentError(message, hint="stop it, or set another storage.data_dir") from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+
+async def _listen(runner: web.AppRunner, address: str) -> None:
+    host, port = split_address(address)
+    try:
+        await web.TCPSite(runner, host, port, reuse_address=True).start()
+    except OSError as error:
+        hint = f"see who holds it with: ss -ltnp 'sport = :{port}'"
+        raise PermanentError(f"cannot listen on {address}: {error.strerror}", hint=hint) from None
+    log.info("listening on http://%s", address)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port` or `[v6]:port`; the config has checked its form."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _allowed_hosts(listen: Sequence[str], named: Sequence[str]) -> frozenset[str]:
+    return frozenset({split_address(address)[0].lower() for address in listen} | {name.lower() for name in named})

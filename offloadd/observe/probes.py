@@ -1,0 +1,28 @@
+"""HTTP probes of instances: one GET on a connection of its own, bounded in time and size."""
+
+from __future__ import annotations
+
+import aiohttp
+
+from offloadd.state.launch import Endpoint, Probe, ProbeReply
+
+_MAX_BODY = 256 * 1024
+
+
+class Prober:
+    """Sends probes. Each takes a new connection: a pooled one would say nothing about the listener."""
+
+    def __init__(self, session: aiohttp.ClientSession) -> None:
+        self._session = session
+
+    async def __call__(self, endpoint: Endpoint, probe: Probe) -> ProbeReply:
+        """Never raises for what the instance does or does not answer."""
+        timeout = aiohttp.ClientTimeout(total=probe.timeout)
+        try:
+            async with self._session.get(endpoint.url + probe.path, timeout=timeout, allow_redirects=False) as answer:
+                body = await answer.content.read(_MAX_BODY)
+                return ProbeReply(status=answer.status, body=body)
+        except TimeoutError:
+            return ProbeReply(status=None, error=f"no answer within {probe.timeout:g} s")
+        except (aiohttp.ClientError, OSError) as error:
+            return ProbeReply(status=None, error=str(error) or type(error).__name__)

@@ -1,0 +1,73 @@
+"""What a model's `source` means on this machine's disk. Everything here blocks: call it in a thread."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from offloadd.state.launch import ModelFacts
+from offloadd.units import Bytes
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_MAX_SHARDS = 999
+
+
+def read_facts(source: str, models_path: Sequence[str]) -> ModelFacts:
+    """Find the file or folder that `source` names, and say what it is or what is wrong with it.
+
+    A relative source is looked for under each folder of `models_path` in turn; it may not leave them.
+    """
+    places = [Path(source)] if source.startswith("/") else [Path(folder) / source for folder in models_path]
+    found = next((place for place in places if _exists(place)), None)
+    if found is None:
+        looked = ", ".join(str(place) for place in places)
+        return ModelFacts(
+            problem=f"model file {source} does not exist (looked for {looked})", hint="put it there, or correct source"
+        )
+    try:
+        return _facts_of(found)
+    except OSError as error:
+        hint = "make it readable for the daemon's user"
+        return ModelFacts(path=str(found), problem=f"cannot read {found}: {error.strerror}", hint=hint)
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:
+        return True  # it is there in some way: opening it will say what is wrong
+
+
+def _facts_of(path: Path) -> ModelFacts:
+    about = path.stat()
+    if stat.S_ISDIR(about.st_mode):
+        return _sum_up(path, sorted(entry for entry in path.iterdir() if entry.is_file()))
+    if not stat.S_ISREG(about.st_mode):
+        return ModelFacts(path=str(path), problem=f"{path} is not a regular file", hint="name the model's own file in source")
+    shard = _SHARD.fullmatch(path.name)
+    if shard and int(shard["count"]) <= _MAX_SHARDS:
+        count = int(shard["count"])
+        names = [f"{shard['stem']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+        return _sum_up(path.with_name(names[0]), [path.with_name(name) for name in names])
+    return _sum_up(path, [path])
+
+
+def _sum_up(path: Path, parts: Iterable[Path]) -> ModelFacts:
+    """Facts of a model that is all of `parts`; opening each shows that it can be read."""
+    size = 0
+    marks: list[str] = []
+    for part in parts:
+        try:
+            with part.open("rb") as file:
+                about = os.fstat(file.fileno())
+        except FileNotFoundError:
+            hint = "all parts of a split model must be beside each other"
+            return ModelFacts(path=str(path), problem=f"{part.name} is missing from the split model", hint=hint)
+        size += about.st_size
+        marks.append(f"{about.st_dev:x}:{about.st_ino:x}:{about.st_size:x}:{about.st_mtime_ns:x}")
+    if not size:
+        return ModelFacts(path=str(path), problem=f"{path} is empty", hint="copy or download the file again")
+    return ModelFacts(path=str(path), size=Bytes(size), identity="|".join(marks))

@@ -1,0 +1,34 @@
+"""Server-sent events as OpenAI's API uses them: `data:` lines, a blank line after each, `[DONE]` at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+DONE = b"data: [DONE]\n\n"
+_MAX_EVENT = 8 * 2**20
+
+
+def event(payload: object) -> bytes:
+    """One event with a JSON payload."""
+    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+
+
+class EventReader:
+    """Splits a byte stream into the payloads of its events, whatever the borders of its chunks."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """Payloads of the events that `chunk` completes, `[DONE]` and comments left out; ValueError when one grows without end."""
+        lines = (self._rest + chunk).split(b"\n")
+        self._rest = lines.pop()
+        if len(self._rest) > _MAX_EVENT:
+            raise ValueError(f"an event of more than {_MAX_EVENT} bytes")
+        for line in lines:
+            field, _, value = line.rstrip(b"\r").partition(b":")
+            payload = value.strip()
+            if field == b"data" and payload and payload != b"[DONE]":
+                yield payload

@@ -1,0 +1,233 @@
+"""Handlers of the inference paths: find the model, get a lease, relay, give the lease back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from multidict import CIMultiDict
+
+from offloadd.errors import RequestError
+from offloadd.proxy import relay, routing, upstream
+from offloadd.proxy.dialects import openai, plain, sse
+from offloadd.proxy.leases import Lease, LeaseBook
+from offloadd.state.desired import DesiredState, ModelSpec
+from offloadd.state.ids import BackendName
+
+FORWARDED = (openai.CHAT, openai.COMPLETIONS, "/v1/embeddings")
+"""POST paths that go to the model named in the body, as they are."""
+
+
+class Gateway:
+    """Routes inference to instances. `desired` gives the config in force at each request."""
+
+    def __init__(
+        self,
+        *,
+        book: LeaseBook,
+        desired: Callable[[], DesiredState],
+        session: aiohttp.ClientSession,
+        cancels_only_streams: Callable[[BackendName], bool],
+        request_id: Callable[[web.Request], str],
+    ) -> None:
+        self._book = book
+        self._desired = desired
+        self._session = session
+        self._cancels_only_streams = cancels_only_streams
+        self._request_id = request_id
+        self._names: tuple[DesiredState, routing.Names] | None = None
+        self._lingering: set[asyncio.Task[None]] = set()
+
+    def routes(self) -> list[web.RouteDef]:
+        """The paths of the data plane."""
+        return [
+            *(web.post(path, self.forward) for path in FORWARDED),
+            web.post("/inference", self.inference),
+            web.route("*", "/upstream/{model}/{path:.*}", self.by_path),
+        ]
+
+    async def close(self) -> None:
+        """Wait for nothing: drop what still runs for clients that have left."""
+        for task in self._lingering:
+            task.cancel()
+        await asyncio.gather(*self._lingering, return_exceptions=True)
+
+    def find(self, name: str | None) -> ModelSpec:
+        """The model that a name or alias means now."""
+        desired = self._desired()
+        if self._names is None or self._names[0] is not desired:
+            self._names = (desired, routing.Names.of(desired))
+        return self._names[1].find(name)
+
+    async def forward(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/…`: the body goes on as it is, save for the model's `request` rules."""
+        raw = await request.read()
+        head = routing.read_head(raw)
+        spec = self.find(head.model)
+        routing.check_backend(spec, head.backend)
+        body = routing.apply_rules(spec.request, raw)
+        async with self._leased(spec) as held:
+            if routing.read_head(body).stream:
+                return await self._stream(request, held.lease, self._call(request, request.path, body))
+            return await self._whole(request, held, request.path, body)
+
+    async def inference(self, request: web.Request) -> web.StreamResponse:
+        """`POST /inference`: the plain shape, streaming or not."""
+        raw = await request.read()
+        head = routing.read_head(raw)
+        spec = self.find(head.model)
+        routing.check_backend(spec, head.backend)
+        path, wanted = plain.translate(routing.read_object(routing.apply_rules(spec.request, raw)))
+        async with self._leased(spec) as held:
+            host = held.lease.host
+            origin = {"model": spec.name, "backend": host.backend, "instance": str(host.instance)}
+            call = self._call(request, path, msgspec.json.encode(openai.as_stream(wanted)))
+            if head.stream:
+                return await self._plain_stream(request, held.lease, call, origin)
+            collected = await relay.until_revoked(held.lease, self._collect(held.lease, call, path))
+            if isinstance(collected, relay.Answer):
+                return _respond(collected, self._origin(held.lease))
+            return web.json_response(plain.answer(collected, origin), headers=self._origin(held.lease))
+
+    async def by_path(self, request: web.Request) -> web.StreamResponse:
+        """`/upstream/{model}/{path}`: anything else that one model's server offers."""
+        if request.headers.get("Upgrade"):
+            raise RequestError(501, "upgrade_not_supported", "this version of offloadd does not relay WebSockets yet")
+        spec = self.find(request.match_info["model"])
+        raw_path = "/" + request.rel_url.raw_path.split("/", 3)[3]
+        query = f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
+        body = await request.read() if request.can_read_body else None
+        call = self._call(request, raw_path + query, body)
+        lease = self._book.borrow(spec) if request.method in ("GET", "HEAD") else None
+        async with self._leased(spec, lease) as held:
+            return await self._stream(request, held.lease, call)
+
+    async def _stream(self, request: web.Request, lease: Lease, call: relay.Call) -> web.StreamResponse:
+        stream = relay.Stream(request, self._origin(lease))
+        try:
+            await relay.until_revoked(lease, self._copy(stream, lease, call))
+        except RequestError as error:
+            return await stream.fail(error)
+        return await stream.end()
+
+    async def _copy(self, stream: relay.Stream, lease: Lease, call: relay.Call) -> None:
+        async with relay.send(self._session, lease, call) as response:
+            await stream.copy(lease, response)
+
+    async def _plain_stream(
+        self, request: web.Request, lease: Lease, call: relay.Call, origin: dict[str, Any]
+    ) -> web.StreamResponse:
+        stream = relay.Stream(request, self._origin(lease))
+        pieces = plain.PlainStream(origin)
+
+        async def copy() -> None:
+            async with relay.send(self._session, lease, call) as response:
+                await stream.copy(lease, response, pieces.feed if response.status == 200 else None)
+                if response.status == 200:
+                    await stream.write(pieces.end())
+
+        try:
+            await relay.until_revoked(lease, copy())
+        except RequestError as error:
+            return await stream.fail(error)
+        return await stream.end()
+
+    async def _whole(self, request: web.Request, held: _Held, path: str, body: bytes) -> web.StreamResponse:
+        """An answer that is not a stream. See `dialects/openai.py` for why it may be fetched as one."""
+        lease = held.lease
+        if self._cancels_only_streams(lease.host.backend):
+            fields = routing.read_object(body)
+            if openai.can_collect(path, fields):
+                call = self._call(request, path, msgspec.json.encode(openai.as_stream(fields)))
+                collected = await relay.until_revoked(lease, self._collect(lease, call, path))
+                if isinstance(collected, relay.Answer):
+                    return _respond(collected, self._origin(lease))
+                return web.json_response(body=msgspec.json.encode(collected), headers=self._origin(lease))
+            answer = await self._to_the_end(held, self._call(request, path, body))
+        else:
+            answer = await relay.until_revoked(lease, self._read(lease, self._call(request, path, body)))
+        return _respond(answer, self._origin(lease))
+
+    async def _collect(self, lease: Lease, call: relay.Call, path: str) -> dict[str, Any] | relay.Answer:
+        """OpenAI's plain answer, put together from a stream; the backend's own answer when it refuses the request."""
+        collector = openai.Collector(path)
+        reader = sse.EventReader()
+        async with relay.send(self._session, lease, call) as response:
+            if response.status != 200:
+                return await relay.read_whole(lease, response)
+            async for chunk in response.content.iter_any():
+                lease.host.sign()
+                for payload in reader.feed(chunk):
+                    collector.add(msgspec.json.decode(payload))
+        if collector.error is not None:
+            return relay.Answer(500, CIMultiDict({"Content-Type": "application/json"}), msgspec.json.encode(collector.error))
+        if not collector.complete:
+            raise aiohttp.ClientPayloadError("its answer broke off")
+        return collector.answer()
+
+    async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
+        async with relay.send(self._session, lease, call) as response:
+            return await relay.read_whole(lease, response)
+
+    async def _to_the_end(self, held: _Held, call: relay.Call) -> relay.Answer:
+        """For a backend that works on after its client has left: the lease then lasts as long as the work does."""
+        task = asyncio.create_task(relay.until_revoked(held.lease, self._read(held.lease, call)))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._linger(task, held)
+            raise
+
+    def _linger(self, task: asyncio.Task[relay.Answer], held: _Held) -> None:
+        held.kept = True
+
+        async def wait() -> None:
+            try:
+                await asyncio.gather(task, return_exceptions=True)
+            finally:
+                self._book.release(held.lease)
+
+        lingering = asyncio.create_task(wait())
+        self._lingering.add(lingering)
+        lingering.add_done_callback(self._lingering.discard)
+
+    def _call(self, request: web.Request, path: str, body: bytes | None) -> relay.Call:
+        headers = upstream.to_backend(request.headers, self._request_id(request))
+        return relay.Call(method=request.method, path=path, headers=headers, body=body)
+
+    @asynccontextmanager
+    async def _leased(self, spec: ModelSpec, lease: Lease | None = None) -> AsyncIterator[_Held]:
+        held = _Held(lease or await self._book.acquire(spec))
+        try:
+            yield held
+        finally:
+            if not held.kept:
+                self._book.release(held.lease)
+
+    def _origin(self, lease: Lease) -> CIMultiDict[str]:
+        return CIMultiDict(
+            {
+                "X-Offloadd-Instance": str(lease.host.instance),
+                "X-Offloadd-Backend": lease.host.backend,
+                "X-Offloadd-Reason": lease.why,
+            }
+        )
+
+
+class _Held:
+    """A lease, and whether it outlives the handler."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+        self.kept = False
+
+
+def _respond(answer: relay.Answer, origin: CIMultiDict[str]) -> web.Response:
+    headers = answer.headers.copy()
+    headers.extend(origin)
+    return web.Response(status=answer.status, headers=headers, body=answer.body)

@@ -1,0 +1,217 @@
+"""LeaseBook: who waits for which model, and who holds which instance. Asks admission and records in one synchronous step."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from offloadd.clock import Clock
+from offloadd.errors import RequestError
+from offloadd.plan.admission import Granted, Queued, Refused, Seat, admit
+from offloadd.state.actions import Decision
+from offloadd.state.demand import Demand, Waiting
+from offloadd.state.desired import ModelSpec
+from offloadd.state.ids import BackendName, InstanceId, ModelName
+from offloadd.state.launch import Endpoint
+from offloadd.units import Instant, Seconds, format_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A ready instance, as the proxy needs to know it."""
+
+    instance: InstanceId
+    backend: BackendName
+    endpoint: Endpoint
+    slots: int
+    sign: Callable[[], None]
+    """To be called when bytes came from it."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Lease:
+    """One request's hold on an instance, from grant to last byte."""
+
+    host: Host
+    why: str
+    waited: Seconds
+    revoked: asyncio.Future[str]
+    """Done, with the reason, when the instance is going away and the request must end."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    since: Instant
+    granted: asyncio.Future[Lease]
+
+
+@dataclass(slots=True)
+class _Line:
+    """One model's queue."""
+
+    spec: ModelSpec
+    waiters: deque[_Waiter] = field(default_factory=deque)
+
+
+class LeaseBook:
+    """Queues per model, first come first served, and leases per instance."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        hosts: Callable[[ModelName], Sequence[Host]],
+        decision: Callable[[ModelName], Decision | None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._clock = clock
+        self._hosts = hosts
+        self._decision = decision
+        self._wake = wake
+        self._lines: dict[ModelName, _Line] = {}
+        self._leases: dict[InstanceId, set[Lease]] = {}
+        self._last_used: dict[ModelName, Instant] = {}
+        self._closed = ""
+
+    async def acquire(self, spec: ModelSpec) -> Lease:
+        """Wait for an instance of the model; RequestError when it is refused or has waited too long.
+
+        Whoever gets a lease must `release` it.
+        """
+        if self._closed:
+            raise RequestError(503, "shutting_down", self._closed, retry_after=Seconds(5))
+        now = self._clock.now()
+        self._last_used[spec.name] = now
+        line = self._lines.setdefault(spec.name, _Line(spec))
+        line.spec = spec
+        lease = self._try(spec, len(line.waiters), since=now)
+        return lease or await self._wait(line, _Waiter(now, asyncio.get_running_loop().create_future()))
+
+    def borrow(self, spec: ModelSpec) -> Lease | None:
+        """A lease at once and beside the slots, for what costs the instance nothing; None when none is ready."""
+        now = self._clock.now()
+        hosts = self._hosts(spec.name)
+        return self._record(hosts[0], "asked for by path", since=now) if hosts else None
+
+    def release(self, lease: Lease) -> None:
+        """The request is over: its slot goes to the next in line."""
+        held = self._leases.get(lease.host.instance, set())
+        held.discard(lease)
+        if not held:
+            self._leases.pop(lease.host.instance, None)
+        model = lease.host.instance.model
+        self._last_used[model] = self._clock.now()
+        self._serve(model)
+        self._wake()
+
+    def hang_up(self, instance: InstanceId, why: str) -> None:
+        """Tell every request on the instance to end."""
+        for lease in self._leases.get(instance, ()):
+            if not lease.revoked.done():
+                lease.revoked.set_result(why)
+
+    def serve_all(self) -> None:
+        """Grant or refuse what waits, as far as the present instances and decisions allow."""
+        for model in list(self._lines):
+            self._serve(model)
+
+    def close(self, why: str) -> None:
+        """Take no new request, and refuse those that wait."""
+        self._closed = why
+        for line in self._lines.values():
+            _refuse_all(line, RequestError(503, "shutting_down", why, retry_after=Seconds(5)))
+
+    def demand(self) -> Demand:
+        """What the planner needs to know."""
+        lines = {model: line.waiters for model, line in self._lines.items() if line.waiters}
+        return Demand(
+            waiting={model: Waiting(count=len(waiters), oldest=waiters[0].since) for model, waiters in lines.items()},
+            leases={instance: len(held) for instance, held in self._leases.items()},
+            last_used=dict(self._last_used),
+        )
+
+    def forget_models(self, kept: Callable[[ModelName], ModelSpec | None]) -> None:
+        """Follow a new config: refuse waiters of models that are gone, and keep books of no others."""
+        for model, line in list(self._lines.items()):
+            spec = kept(model)
+            if spec is not None:
+                line.spec = spec
+                continue
+            _refuse_all(line, RequestError(404, "model_not_found", f"{model} was removed from the config while the request waited"))
+            del self._lines[model]
+            self._last_used.pop(model, None)
+
+    async def _wait(self, line: _Line, waiter: _Waiter) -> Lease:
+        line.waiters.append(waiter)
+        self._wake()
+        limit = line.spec.queue.max_wait
+        try:
+            async with asyncio.timeout(limit):
+                return await waiter.granted
+        except BaseException as error:
+            self._leave(line, waiter)
+            if isinstance(error, TimeoutError):
+                raise self._too_late(line.spec, limit) from None
+            raise
+
+    def _leave(self, line: _Line, waiter: _Waiter) -> None:
+        """Out of the queue without a lease. A grant that came in the same moment is given back."""
+        if waiter in line.waiters:
+            line.waiters.remove(waiter)
+            self._wake()
+        if waiter.granted.done() and not waiter.granted.cancelled() and waiter.granted.exception() is None:
+            self.release(waiter.granted.result())
+
+    def _too_late(self, spec: ModelSpec, limit: Seconds) -> RequestError:
+        decision = self._decision(spec.name)
+        state = f"; {spec.name} {decision.sentence}" if decision else ""
+        message = f"waited {format_seconds(limit)} for {spec.name} (queue.max_wait){state}"
+        return RequestError(504, "wait_timeout", message, retry_after=Seconds(5))
+
+    def _serve(self, model: ModelName) -> None:
+        line = self._lines.get(model)
+        while line and line.waiters:
+            waiter = line.waiters[0]
+            if waiter.granted.done():
+                line.waiters.popleft()
+                continue
+            try:
+                lease = self._try(line.spec, 0, since=waiter.since)
+            except RequestError as refusal:
+                _refuse_all(line, refusal)
+                return
+            if lease is None:
+                return
+            line.waiters.popleft()
+            waiter.granted.set_result(lease)
+
+    def _try(self, spec: ModelSpec, waiting: int, *, since: Instant) -> Lease | None:
+        hosts = self._hosts(spec.name)
+        seats = [Seat(instance=h.instance, backend=h.backend, leases=self._held(h.instance), slots=h.slots) for h in hosts]
+        answer = admit(spec, self._decision(spec.name), seats, waiting, now=self._clock.now())
+        match answer:
+            case Granted():
+                host = next(h for h in hosts if h.instance == answer.instance)
+                return self._record(host, answer.why, since=since)
+            case Queued():
+                return None
+            case Refused():
+                raise RequestError(answer.status, answer.code, answer.message, retry_after=answer.retry_after)
+
+    def _record(self, host: Host, why: str, *, since: Instant) -> Lease:
+        waited = Seconds(self._clock.now() - since)
+        lease = Lease(host=host, why=why, waited=waited, revoked=asyncio.get_running_loop().create_future())
+        self._leases.setdefault(host.instance, set()).add(lease)
+        return lease
+
+    def _held(self, instance: InstanceId) -> int:
+        return len(self._leases.get(instance, ()))
+
+
+def _refuse_all(line: _Line, refusal: RequestError) -> None:
+    while line.waiters:
+        waiter = line.waiters.popleft()
+        if not waiter.granted.done():
+            waiter.granted.set_exception(refusal)

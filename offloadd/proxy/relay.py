@@ -1,0 +1,156 @@
+"""The byte path: one request on one leased instance, its answer passed on as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+from offloadd.errors import RequestError, error_body
+from offloadd.proxy import upstream
+from offloadd.proxy.dialects import sse
+from offloadd.proxy.leases import Lease
+from offloadd.units import Seconds
+
+T = TypeVar("T")
+
+MAX_BUFFERED = 64 * 2**20
+"""An answer that is not a stream is held whole up to this size, so that a backend's death gives a clean error."""
+_LAST_BYTES = Seconds(0.2)
+"""After a backend has ended, what it sent before is still in the socket: so long we go on reading."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request as it goes to a backend. `path` begins with a slash and may carry a query, already encoded."""
+
+    method: str
+    path: str
+    headers: CIMultiDict[str]
+    body: bytes | AsyncIterator[bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A backend's whole answer."""
+
+    status: int
+    headers: CIMultiDict[str]
+    body: bytes
+
+
+class BackendLostError(RequestError):
+    """The backend ended or broke the connection before its answer was whole."""
+
+    def __init__(self, lease: Lease, why: str) -> None:
+        host = lease.host
+        message = f"the backend {host.instance} ({host.backend}) was lost: {why}"
+        super().__init__(502, "backend_lost", message, retry_after=Seconds(1))
+
+
+async def until_revoked(lease: Lease, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, unless the lease is revoked; BackendLostError then, and also when the backend breaks the connection."""
+    task = asyncio.ensure_future(work)
+    try:
+        either: set[asyncio.Future[Any]] = {task, lease.revoked}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await asyncio.wait({task}, timeout=_LAST_BYTES)
+        if not task.done():
+            raise BackendLostError(lease, lease.revoked.result())
+        return task.result()
+    except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+        raise BackendLostError(lease, await _reason(lease, error)) from None
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+@asynccontextmanager
+async def send(session: aiohttp.ClientSession, lease: Lease, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Send the request; the connection is closed on leaving, which ends the backend's work on a stream."""
+    url = lease.host.endpoint.url + call.path
+    async with session.request(
+        call.method, URL(url, encoded=True), data=call.body, headers=call.headers, allow_redirects=False
+    ) as response:
+        yield response
+
+
+async def read_whole(lease: Lease, response: aiohttp.ClientResponse) -> Answer:
+    """The backend's whole answer, bounded."""
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        lease.host.sign()
+        size += len(chunk)
+        if size > MAX_BUFFERED:
+            raise RequestError(502, "answer_too_large", f"the backend's answer is larger than {MAX_BUFFERED} bytes")
+        parts.append(chunk)
+    return Answer(response.status, upstream.to_client(response.headers), b"".join(parts))
+
+
+class Stream:
+    """An answer on its way to a client. Once it has begun, a failure is told in the stream itself."""
+
+    def __init__(self, request: web.Request, origin: CIMultiDict[str]) -> None:
+        self._request = request
+        self._origin = origin
+        self._response: web.StreamResponse | None = None
+
+    @property
+    def response(self) -> web.StreamResponse:
+        """The response that has begun."""
+        assert self._response is not None  # noqa: S101  (asked for after `copy` only)
+        return self._response
+
+    async def copy(self, lease: Lease, response: aiohttp.ClientResponse, change: Callable[[bytes], bytes] | None = None) -> None:
+        """Pass the body on chunk by chunk, each as soon as it comes; `change` may rewrite it."""
+        target = await self._begin(response)
+        async for chunk in response.content.iter_any():
+            lease.host.sign()
+            passed = chunk if change is None else change(chunk)
+            if passed:
+                await target.write(passed)
+
+    async def write(self, data: bytes) -> None:
+        """Add bytes of our own."""
+        await self.response.write(data)
+
+    async def end(self) -> web.StreamResponse:
+        """The answer is whole."""
+        await self.response.write_eof()
+        return self.response
+
+    async def fail(self, error: RequestError) -> web.StreamResponse:
+        """Say in the stream that it broke off: an `error` event, and no `[DONE]`. Before its begin, the error is the answer."""
+        if self._response is None:
+            raise error
+        if "text/event-stream" not in self._response.headers.get("Content-Type", ""):
+            # Only a connection that breaks tells the reader of anything else that it is not whole.
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            return self._response
+        body = error_body(error.status, error.code, error.message)
+        await self._response.write(b"\n\n" + sse.event(body))
+        return await self.end()
+
+    async def _begin(self, response: aiohttp.ClientResponse) -> web.StreamResponse:
+        headers = upstream.to_client(response.headers)
+        headers.extend(self._origin)
+        self._response = web.StreamResponse(status=response.status, headers=headers)
+        await self._response.prepare(self._request)
+        return self._response
+
+
+async def _reason(lease: Lease, error: BaseException) -> str:
+    """A broken connection is seen a moment before the process's end is: wait that moment for the better reason."""
+    await asyncio.wait({lease.revoked}, timeout=_LAST_BYTES)
+    return lease.revoked.result() if lease.revoked.done() else str(error) or type(error).__name__

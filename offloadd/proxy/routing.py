@@ -1,0 +1,88 @@
+"""From a request's body to the model that it means. Only what routing needs is decoded."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import msgspec
+
+from offloadd.errors import RequestError
+from offloadd.state.desired import DesiredState, JsonValue, ModelSpec, RequestRules
+
+
+class Head(msgspec.Struct):
+    """The fields of a body that decide where it goes."""
+
+    model: str | None = None
+    stream: bool | None = None
+    backend: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Which model every name and alias means, for one config."""
+
+    models: Mapping[str, ModelSpec]
+    default: ModelSpec | None
+
+    @classmethod
+    def of(cls, desired: DesiredState) -> Names:
+        """A request without a model means the only one there is, if there is only one."""
+        table: dict[str, ModelSpec] = {}
+        for spec in desired.models.values():
+            table.update(dict.fromkeys((spec.name, *spec.aliases), spec))
+        only = next(iter(desired.models.values())) if len(desired.models) == 1 else None
+        return cls(table, only)
+
+    def find(self, name: str | None) -> ModelSpec:
+        """The model called `name`; RequestError 404 with near names, or 400 when no name was given and several models are."""
+        if name is None:
+            if self.default is None:
+                raise RequestError(400, "model_required", "the request names no model; GET /v1/models lists them", param="model")
+            return self.default
+        spec = self.models.get(name)
+        if spec is None:
+            raise RequestError(404, "model_not_found", self._unknown(name), param="model")
+        return spec
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.models, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}?" if near else "GET /v1/models lists those that are"
+        return f'no model is called "{name[:128]}"; {hint}'
+
+
+def read_head(body: bytes) -> Head:
+    """Decode the routing fields; RequestError 400 says what is wrong with the body."""
+    try:
+        return msgspec.json.decode(body, type=Head)
+    except msgspec.ValidationError as error:
+        raise RequestError(400, "invalid_body", f"the request's body is not as expected: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(400, "invalid_json", f"the request's body is not JSON: {error}") from None
+
+
+def read_object(body: bytes) -> dict[str, JsonValue]:
+    """Decode a whole body, which must be an object; `read_head` has accepted it before."""
+    return cast(dict[str, JsonValue], msgspec.json.decode(body))
+
+
+def apply_rules(rules: RequestRules, body: bytes) -> bytes:
+    """The body with the model's `request` rules applied; the same bytes when there are none."""
+    if not rules:
+        return body
+    fields = read_object(body)
+    for name in rules.remove:
+        fields.pop(name, None)
+    return msgspec.json.encode({**rules.default, **fields, **rules.set})
+
+
+def check_backend(spec: ModelSpec, name: str | None) -> None:
+    """A request may name an engine, which must be one of the model's."""
+    if name is not None and name not in spec.backends:
+        known = ", ".join(spec.backends)
+        raise RequestError(
+            400, "backend_not_configured", f"{spec.name} is not served by {name[:64]}; it is by: {known}", param="backend"
+        )

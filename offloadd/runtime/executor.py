@@ -1,0 +1,118 @@
+"""Applies plans: one task per instance. An action in flight shows in the next snapshot, because its state is set at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import assert_never
+
+from offloadd.backends.base import Backend
+from offloadd.runtime.instance import Instance, Tools
+from offloadd.state.actions import Action, DrainInstance, ForgetInstance, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.desired import Engine
+from offloadd.state.ids import BackendName, InstanceId, ModelName
+from offloadd.state.launch import ExitCause, ExitKind, ExitStatus
+from offloadd.state.observed import LEAVING, ExitRecord, InstanceView, ObservedState
+
+log = logging.getLogger(__name__)
+
+KEPT_EXITS = 32
+"""Ends remembered per model; more than any give_up_after that makes sense."""
+
+
+class Executor:
+    """Owns the instances and the record of their ends."""
+
+    def __init__(self, backends: Mapping[str, Backend], engine_of: Callable[[BackendName], Engine], tools: Tools) -> None:
+        self._backends = backends
+        self._engine_of = engine_of
+        self._tools = tools
+        self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
+        self._instances: dict[InstanceId, Instance] = {}
+        self._exits: dict[ModelName, deque[ExitRecord]] = {}
+        self._launches: dict[ModelName, int] = dict(tools.logs.launches())
+
+    def apply(self, plan: Plan) -> None:
+        """Begin every action of the plan; none is waited for."""
+        for action in plan.actions:
+            self._begin(action)
+
+    def observed(self) -> ObservedState:
+        """What is known of instances without reading the machine."""
+        return ObservedState(
+            instances=self.views(),
+            exits={model: tuple(records) for model, records in self._exits.items()},
+            launches=dict(self._launches),
+        )
+
+    def views(self) -> dict[InstanceId, InstanceView]:
+        """Every instance on the books."""
+        return {key: instance.view() for key, instance in self._instances.items()}
+
+    def get(self, instance: InstanceId) -> Instance | None:
+        """The instance, while it is on the books."""
+        return self._instances.get(instance)
+
+    def pids(self) -> dict[InstanceId, int]:
+        """Leaders of the live process trees."""
+        return {key: view.pid for key, view in self.views().items() if view.pid is not None and view.state not in LEAVING}
+
+    def forget_models(self, kept: Mapping[ModelName, object]) -> None:
+        """Drop the history of models that the config no longer names."""
+        for name in [name for name in self._exits if name not in kept]:
+            del self._exits[name]
+
+    def stop_all(self, why: str) -> None:
+        """End every instance now, requests or not."""
+        for instance in self._instances.values():
+            instance.stop(StopReason.SHUTDOWN, why)
+
+    async def wait_all(self) -> None:
+        """Until no instance runs."""
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def _begin(self, action: Action) -> None:
+        match action:
+            case StartInstance():
+                self._start(action)
+            case DrainInstance():
+                log.info("%s: draining: %s", action.instance, action.why)
+                self._instances[action.instance].drain(action.deadline)
+            case StopInstance():
+                log.info("%s: stopping (%s): %s", action.instance, action.reason, action.why)
+                self._instances[action.instance].stop(action.reason, action.why)
+            case ForgetInstance():
+                self._instances.pop(action.instance, None)
+            case _:
+                assert_never(action)
+
+    def _start(self, action: StartInstance) -> None:
+        engine = self._engine_of(action.candidate.backend)
+        instance = Instance(action, self._backends[engine.adapter], engine, self._tools)
+        self._instances[action.instance] = instance
+        self._launches[action.instance.model] = action.instance.number
+        self._tools.logs.discard_old(action.instance)
+        self._tasks[action.instance] = asyncio.create_task(self._run(instance), name=f"instance {action.instance}")
+
+    async def _run(self, instance: Instance) -> None:
+        try:
+            record = await instance.run()
+        except Exception as error:
+            log.exception("%s: internal error", instance.id)
+            cause = ExitCause(
+                kind=ExitKind.CRASHED, message=f"offloadd failed to run it: {error}", hint="this is a bug: see the log"
+            )
+            record = instance.record(ExitStatus(), cause)
+        finally:
+            del self._tasks[instance.id]
+        _log_end(record)
+        self._exits.setdefault(instance.id.model, deque(maxlen=KEPT_EXITS)).append(record)
+        self._tools.changed(instance.id)
+
+
+def _log_end(record: ExitRecord) -> None:
+    level = logging.INFO if record.expected else logging.WARNING
+    hint = f" ({record.cause.hint})" if record.cause.hint else ""
+    log.log(level, "%s: ended, %s: %s%s", record.instance, record.status, record.cause.message, hint)

@@ -1,0 +1,179 @@
+"""Reload: read, validate, swap the whole DesiredState or keep the last good one. One path for every way of asking."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import watchfiles
+
+from offloadd.backends.base import Backend
+from offloadd.clock import Clock
+from offloadd.config import ConfigUnreadableError, Loaded, SourceText, SystemSecrets, load, read_sources
+from offloadd.config.diagnostics import Diagnostic, render_text
+from offloadd.errors import PermanentError
+from offloadd.state.desired import DesiredState
+from offloadd.units import Seconds
+
+log = logging.getLogger(__name__)
+
+POLL = Seconds(2)
+"""The file is looked at this often even when no event comes: symlink swaps and network disks send none."""
+SETTLE = Seconds(0.1)
+"""A file must read the same twice, this far apart, before a change of it is taken up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One try to apply the config: when, whether it was taken, and what there was to say."""
+
+    wall: float = 0.0
+    """Seconds since the epoch."""
+    applied: bool = False
+    message: str = ""
+    """Why the config could not be read at all; empty when it could."""
+    loaded: Loaded | None = None
+
+    @property
+    def diagnostics(self) -> Sequence[Diagnostic]:
+        """Errors, warnings and notes with their places."""
+        return self.loaded.diagnostics if self.loaded else ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """The config in force."""
+
+    desired: DesiredState
+    shown: Mapping[str, object] = field(default_factory=dict)
+    """As written, secrets hidden."""
+    wall: float = 0.0
+
+
+class ConfigStore:
+    """The config in force and the last attempt to change it."""
+
+    def __init__(self, path: Path, *, backends: Mapping[str, Backend], clock: Clock) -> None:
+        self._path = path
+        self._backends = backends
+        self._clock = clock
+        self._before: Callable[[DesiredState], Awaitable[None]] | None = None
+        self._after: Callable[[], None] | None = None
+        self._lock = asyncio.Lock()
+        self._queued: asyncio.Task[Attempt] | None = None
+        self._digest = b""
+        self.applied = Applied(desired=DesiredState())
+        self.attempt = Attempt()
+
+    async def start(self) -> None:
+        """Apply the config for the first time; PermanentError with all diagnostics when it is not good."""
+        attempt = await self.reload("start")
+        if not attempt.applied:
+            raise PermanentError(explain(attempt))
+
+    def follow(self, *, before: Callable[[DesiredState], Awaitable[None]], after: Callable[[], None]) -> None:
+        """`before` is awaited with a good config ahead of each swap, to look at what it names; `after` is called right after it."""
+        self._before, self._after = before, after
+
+    async def reload(self, why: str) -> Attempt:
+        """Read the config now and apply it if it is good.
+
+        Calls during a reload share one that begins after it, so a storm of them costs at most one running and one waiting.
+        """
+        if self._queued is None:
+            self._queued = asyncio.create_task(self._reload(why), name="reload")
+        return await asyncio.shield(self._queued)
+
+    async def watch(self) -> None:
+        """Reload whenever the content changes, by event or by poll."""
+        while True:
+            folders = await asyncio.to_thread(watched_folders, self._path)
+            async for _ in watchfiles.awatch(
+                *folders, recursive=False, debounce=200, step=50, rust_timeout=int(POLL * 1000), yield_on_timeout=True
+            ):
+                await self._look()
+                if await asyncio.to_thread(watched_folders, self._path) != folders:
+                    break
+
+    async def _reload(self, why: str) -> Attempt:
+        async with self._lock:
+            self._queued = None
+            attempt = await self._try(why)
+            self.attempt = attempt
+            return attempt
+
+    async def _try(self, why: str) -> Attempt:
+        try:
+            sources = await asyncio.to_thread(read_sources, self._path)
+        except ConfigUnreadableError as error:
+            return self._refused(Attempt(wall=self._clock.wall(), message=str(error)), why)
+        self._digest = _digest(sources)
+        loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=SystemSecrets())
+        if loaded.desired is None:
+            return self._refused(Attempt(wall=self._clock.wall(), loaded=loaded), why)
+        desired = replace(loaded.desired, generation=self.applied.desired.generation + 1)
+        if self._before is not None:
+            await self._before(desired)
+        self.applied = Applied(desired=desired, shown=loaded.shown, wall=self._clock.wall())
+        if self._after is not None:
+            self._after()
+        log.info("config generation %d applied (%s): %d models", desired.generation, why, len(desired.models))
+        return Attempt(wall=self._clock.wall(), applied=True, loaded=loaded)
+
+    def _refused(self, attempt: Attempt, why: str) -> Attempt:
+        log.error("config refused (%s); generation %d stays:\n%s", why, self.applied.desired.generation, explain(attempt))
+        return attempt
+
+    async def _look(self) -> None:
+        """Reload when the content is not what was last tried, and has settled."""
+        first = await asyncio.to_thread(_read_digest, self._path)
+        if first == self._digest:
+            return
+        await asyncio.sleep(SETTLE)
+        if first == await asyncio.to_thread(_read_digest, self._path):
+            self._digest = first
+            await self.reload("its file changed")
+
+
+def explain(attempt: Attempt) -> str:
+    """The attempt's errors as text, for a log or a terminal."""
+    if attempt.loaded is None:
+        return attempt.message
+    return render_text(attempt.loaded.errors, attempt.loaded.sources, attempt.loaded.hidden)
+
+
+def watched_folders(path: Path) -> frozenset[Path]:
+    """The folder of every step on the way to the file through symbolic links: a swap of any of them is then an event.
+
+    Watching the file itself would go deaf at the first editor that renames a new file over it.
+    """
+    folders: set[Path] = set()
+    step = path.absolute()
+    for _ in range(40):
+        folders.add(step if step.is_dir() else step.parent)
+        link = next((part for part in (step, *step.parents) if part.is_symlink()), None)
+        if link is None:
+            break
+        folders.add(link.parent)
+        step = (link.parent / link.readlink() / step.relative_to(link)).absolute()
+    return frozenset(folder for folder in folders if folder.is_dir())
+
+
+def _read_digest(path: Path) -> bytes:
+    try:
+        return _digest(read_sources(path))
+    except ConfigUnreadableError as error:
+        return str(error).encode()
+
+
+def _digest(sources: Iterable[SourceText]) -> bytes:
+    whole = hashlib.sha256()
+    for source in sources:
+        for text in (source.name, source.text):
+            raw = text.encode()
+            whole.update(len(raw).to_bytes(8, "big") + raw)
+    return whole.digest()

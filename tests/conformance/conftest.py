@@ -1,0 +1,5 @@
+"""Lets pytest explain failed assertions in the suite, which lives in a module that is not itself collected."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.conformance.backend")
