@@ -19,7 +19,7 @@ _BEFORE = 60
 """Columns of it that are shown before the caret."""
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 # Names end in these where people keep secrets. Read on raw lines, because a file that does not parse has no tree to ask.
-_SECRET_LINE = re.compile(r"(?i)(?:key|token|secret|passw(?:or)?d)[\"']?\s*[:=,]\s*[\"']?(?!\s*$|\$\{|[\[{&*]|--|[\"']\s*$)\S")
+_SECRET_LINE = re.compile(r"(?i)(?:key|token|secret|passw(?:or)?d)[\"']?\s*[:=,]\s*+[\"']?+(?!\s*$|\$\{|[\[{&*]|--|[\"']\s*$)\S")
 
 
 class Severity(StrEnum):

@@ -268,7 +268,9 @@ HostName = Annotated[str, _matching(_HOST_NAME, "expected a host name, without a
 Environment = Annotated[dict[EnvKey, Text], Field(max_length=_MAX_ITEMS)]
 Aliases = Annotated[tuple[Alias, ...], Strict(False), Field(max_length=_MAX_ITEMS), AfterValidator(_unique)]
 Names = Annotated[tuple[str, ...], Strict(False), Field(min_length=1, max_length=_MAX_ITEMS), AfterValidator(_unique)]
-Listen = Annotated[tuple[Annotated[str, AfterValidator(_listen)], ...], Strict(False), Field(min_length=1), AfterValidator(_unique)]
+Listen = Annotated[
+    tuple[Annotated[str, AfterValidator(_listen)], ...], Strict(False), Field(min_length=1, max_length=64), AfterValidator(_unique)
+]
 AbsolutePath = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul), AfterValidator(_absolute)]
 Paths = Annotated[tuple[AbsolutePath, ...], Strict(False), Field(min_length=1, max_length=_MAX_ITEMS), AfterValidator(_unique)]
 Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul), AfterValidator(_source)]

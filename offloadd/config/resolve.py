@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from offloadd.backends.base import Backend
-from offloadd.config.decode import Decoded
+from offloadd.config.decode import MAX_REPORTED, Decoded
 from offloadd.config.diagnostics import Diagnostic, did_you_mean, error, note, warning
 from offloadd.config.engines import Builtin, builtins, can_read, is_hub_id
 from offloadd.config.nodes import Node, Path, find
@@ -185,7 +185,9 @@ def _offers(scope: _Scope, name: str, section: ModelSection) -> bool:
 
 
 def _unknown_backend(name: str, written: str, scope: _Scope) -> str:
-    return f'unknown backend "{written}"{did_you_mean(name, scope.engine_names) or _known(scope)}'
+    # Looking for near names takes long, and a text that is all mistakes gets none of them read.
+    near = did_you_mean(name, scope.engine_names) if len(scope.found) < MAX_REPORTED else ""
+    return f'unknown backend "{written}"{near or _known(scope)}'
 
 
 def _known(scope: _Scope) -> str:

@@ -71,6 +71,12 @@ class Auth(Section):
     keys: Annotated[tuple[AuthKey, ...], Strict(False), Field(max_length=1024)] = ()
     """API keys; none means that whoever reaches the address may do everything."""
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if len({key.name for key in self.keys}) < len(self.keys):
+            raise refused("two keys have the same name", at="keys")
+        return self
+
 
 class Server(Section):
     """The API's own side."""

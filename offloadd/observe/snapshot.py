@@ -10,7 +10,7 @@ from typing import TypeVar
 from offloadd.backends.base import Backend, fingerprint
 from offloadd.observe.devices import DeviceReader
 from offloadd.observe.engines import EngineFinder
-from offloadd.observe.processes import own_memory
+from offloadd.observe.processes import own_memory, read_children, tree
 from offloadd.observe.sources import read_facts
 from offloadd.state.desired import DesiredState, Engine, ModelSpec
 from offloadd.state.ids import HOST_RAM, BackendName, DeviceId, InstanceId, ModelName
@@ -129,7 +129,10 @@ def _read_all(sources: Sequence[str], models_path: Sequence[str]) -> dict[str, M
 
 
 def _measure(pids: Mapping[InstanceId, int]) -> dict[InstanceId, dict[DeviceId, Bytes]]:
-    found = {key: own_memory(pid) for key, pid in pids.items()}
+    if not pids:
+        return {}
+    children = read_children()
+    found = {key: own_memory(tree(pid, children)) for key, pid in pids.items()}
     return {key: {HOST_RAM: size} for key, size in found.items() if size is not None}
 
 

@@ -85,6 +85,7 @@ class Executor:
                 self._instances[action.instance].stop(action.reason, action.why)
             case ForgetInstance():
                 self._instances.pop(action.instance, None)
+                self._tools.changed(action.instance)  # its memory is free now, which somebody may be waiting for
             case _:
                 assert_never(action)
 
