@@ -18,9 +18,12 @@ from offloadd.units import format_bytes, format_seconds
 
 DEFAULT_SERVER = "http://127.0.0.1:9000"
 _TIMEOUT_S = 60
+_WIDE = 500
 
 app = typer.Typer(help="Ask and steer a running offloadd.", no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = _WIDE  # a table that goes into a pipe or a file is not to be broken at 80 columns
 
 
 @dataclass(frozen=True, slots=True)

