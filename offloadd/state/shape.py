@@ -1,0 +1,70 @@
+"""What a model file says of itself, as far as memory is concerned. Read from headers by `registry/readers`, used by estimates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from offloadd.units import Bytes
+
+
+class LayerCache(StrEnum):
+    """What one layer keeps for each sequence."""
+
+    FULL = "full"
+    """Keys and values of every token of the context."""
+    SLIDING = "sliding"
+    """Keys and values of the last `window` tokens."""
+    RECURRENT = "recurrent"
+    """A state of fixed size."""
+    NONE = "none"
+    """Nothing: its cache is another layer's, or it has no attention over the past."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """One block. Rows are elements for one token, states f32 elements for one sequence; both 0 where they don't apply."""
+
+    weights: Bytes
+    """All tensors of the block but its experts."""
+    experts: Bytes = Bytes(0)
+    cache: LayerCache = LayerCache.FULL
+    k_row: int = 0
+    v_row: int = 0
+    """0 where values are read out of the keys' cache (MLA)."""
+    state: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """One model, all its parts together."""
+
+    architecture: str
+    kind: str = "model"
+    """`model`, `mmproj` or `adapter`."""
+    name: str = ""
+    parameters: int = 0
+    quantization: str = ""
+    """As people say it: `Q4_K_M`, `F16`; empty when the file does not tell."""
+    context_train: int = 0
+    embedding: int = 0
+    feed_forward: int = 0
+    heads: int = 0
+    vocabulary: int = 0
+    window: int = 0
+    """Tokens that a sliding layer looks back; 0 without one."""
+    layers: tuple[LayerShape, ...] = ()
+    token_embedding: Bytes = Bytes(0)
+    output: Bytes = Bytes(0)
+    """The output matrix; 0 when it is the token embedding again."""
+    other: Bytes = Bytes(0)
+    """Tensors that belong to no block, to neither embedding nor output."""
+    causal: bool = True
+    """False for encoders, which keep no cache."""
+    chat_template: bool = False
+
+    @property
+    def weights(self) -> Bytes:
+        """All tensors, as they lie in the file."""
+        blocks = sum(layer.weights + layer.experts for layer in self.layers)
+        return Bytes(blocks + self.token_embedding + self.output + self.other)
