@@ -8,9 +8,11 @@ from offloadd.plan.accounting import Ledger, open_accounts
 from offloadd.state.actions import Action, Decision, DrainInstance, ForgetInstance, Plan, StartInstance, StopInstance, StopReason
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
-from offloadd.state.ids import LOCAL, InstanceId, ModelName
-from offloadd.state.observed import InstanceState, InstanceView, ObservedState
-from offloadd.units import Instant
+from offloadd.state.ids import LOCAL, DeviceId, InstanceId, ModelName
+from offloadd.state.observed import LEAVING, InstanceState, InstanceView, ObservedState
+from offloadd.units import Bytes, Instant
+
+_SENDS_AWAY = (DrainInstance, StopInstance)
 
 
 class Draft:
@@ -48,6 +50,15 @@ class Draft:
     def action(self, view: InstanceView) -> Action | None:
         """This plan's action for the instance."""
         return self._actions.get(view.id)
+
+    def leaving(self, device: DeviceId) -> Bytes:
+        """Bytes that come back by themselves: of instances on their way out, those that this plan sends away included."""
+        sent = [
+            view
+            for view in self.observed.instances.values()
+            if view.state not in LEAVING and isinstance(self.action(view), _SENDS_AWAY)
+        ]
+        return Bytes(self.ledger.accounts[device].releasing + sum(view.placement.reserved.get(device, 0) for view in sent))
 
     def last_used(self, view: InstanceView) -> Instant:
         """When the instance's model was last wanted by a request; its start when that was never."""

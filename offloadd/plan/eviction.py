@@ -30,7 +30,7 @@ def choose_victims(short: NoRoom, candidates: Sequence[Evictable]) -> tuple[Evic
     """The cheapest set that frees enough of `short.device`; empty when no set does."""
     if short.device is None or short.never:
         return ()
-    missing = short.need - short.room
+    missing: int = short.missing
     chosen: list[Evictable] = []
     for candidate in sorted(candidates, key=lambda c: c.cost):
         if missing <= 0:

@@ -26,6 +26,11 @@ class NoRoom:
         return self.device is not None and self.need > self.limit
 
     @property
+    def missing(self) -> Bytes:
+        """Bytes that are short now."""
+        return Bytes(max(0, self.need - self.room))
+
+    @property
     def sentence(self) -> str:
         """The arithmetic, as an operator would say it."""
         if self.device is None:

@@ -7,7 +7,7 @@ plan. So any subset of a plan's actions, in any order, leaves a world that the n
 from __future__ import annotations
 
 from offloadd.plan.draft import Draft
-from offloadd.plan.settle import settle
+from offloadd.plan.settle import let_go, settle
 from offloadd.plan.upkeep import tend
 from offloadd.plan.wants import wanted
 from offloadd.state.actions import Plan, StopReason
@@ -23,7 +23,11 @@ def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now:
     tend(draft)
     _retire_removed(draft)
     wants = [wanted(draft, spec) for spec in desired.models.values()]
-    for want in sorted(wants, key=lambda want: want.rank):
+    wants.sort(key=lambda want: want.rank)
+    # First for all of them, so that nobody is evicted for memory that is on its way back anyway.
+    for want in wants:
+        let_go(draft, want)
+    for want in wants:
         settle(draft, want)
     return draft.finish()
 

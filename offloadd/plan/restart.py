@@ -37,7 +37,8 @@ def next_restart(policy: RestartPolicy, exits: Sequence[ExitRecord], *, now: Ins
     failures = _failures_in_a_row(exits)
     if not failures:
         return RestartVerdict(at=now)
-    last = failures[-1]
+    # A replica that fails later for a passing reason does not undo what the permanent failure told.
+    last = next((record for record in reversed(failures) if record.cause.permanent), failures[-1])
     counted = _without_port_races(failures)
     if last.cause.permanent or len(counted) >= policy.give_up_after:
         return RestartVerdict(at=now, failures=len(counted), gave_up=True, last=last)

@@ -86,12 +86,20 @@ def give_up_sentence(verdict: RestartVerdict) -> str:
     return f"{cause}; given up after {verdict.failures} failures in a row, until its config or its file changes"
 
 
-def short_sentence(draft: Draft, short: NoRoom, leaving: int, victims: Sequence[Evictable]) -> str:
-    """Why a model waits for memory, and what is being done about it."""
+def short_sentence(draft: Draft, short: NoRoom, victims: Sequence[Evictable] = (), own: Sequence[InstanceView] = ()) -> str:
+    """Why a model waits for memory, and what is being done about it: who makes room, its `own` old instances among them."""
     text = f"waits: {short.sentence}"
-    if victims:
-        named = ", ".join(f"{v.view.id} (idle {format_seconds(draft.now - v.last_used)})" for v in victims)
-        return f"{text}; making room with {named}"
+    if short.device is None:
+        return text
+    named = [f"{view.id} (its config changed)" for view in own]
+    named += [f"{v.view.id} ({_use(draft, v)})" for v in victims]
+    if named:
+        return f"{text}; making room with {', '.join(named)}"
+    leaving = draft.leaving(short.device)
     if leaving and short.need <= short.room + leaving:
         return f"{text}, {format_bytes(leaving)} being released"
     return f"{text}, and nothing may be evicted for it now"
+
+
+def _use(draft: Draft, victim: Evictable) -> str:
+    return f"{draft.leases(victim.view)} requests run" if victim.busy else f"idle {format_seconds(draft.now - victim.last_used)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from offloadd.plan.draft import Draft
 from offloadd.plan.eviction import Evictable, choose_victims
@@ -13,14 +13,14 @@ from offloadd.plan.sentences import describe, give_up_sentence, short_sentence
 from offloadd.plan.wants import Want
 from offloadd.state.actions import ModelState, StartInstance, StopInstance, StopReason
 from offloadd.state.desired import ModelSpec, RunMode
-from offloadd.state.ids import BackendName
+from offloadd.state.ids import BackendName, DeviceId
 from offloadd.state.launch import Candidate, Placement, VramEstimate
 from offloadd.state.observed import LEAVING, SETTLING, InstanceState, InstanceView
-from offloadd.units import Instant, Seconds, format_seconds
+from offloadd.units import Bytes, Instant, Seconds, format_seconds
 
 FAIR_WAIT = Seconds(10)
 """A request that has waited this long may have busy instances drained for it; before, only idle ones leave."""
-_HOPE = (ModelState.STOPPING, ModelState.BACKOFF, ModelState.FAILED)
+_HOPE = (ModelState.STARTING, ModelState.STOPPING, ModelState.BACKOFF, ModelState.FAILED)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,23 +32,46 @@ class Outcome:
     hint: str = ""
     retry_at: Instant | None = None
     started: Sequence[StartInstance] = ()
+    in_the_way: bool = False
+    """Whether the model's own old instances must leave before a new one fits."""
     engines: dict[BackendName, str] = field(default_factory=dict)
 
 
-def settle(draft: Draft, want: Want) -> None:
-    """Act for one model and record its decision."""
-    present = [view for view in draft.instances(want.spec.name) if view.state not in LEAVING and not draft.acted_on(view)]
-    stale = [view for view in present if _is_stale(draft, want.spec, view)]
-    fresh = [view for view in present if view not in stale]
+def let_go(draft: Draft, want: Want) -> None:
+    """Retire what the model does not need: all when none is wanted, those beyond the number, old ones that are replaced."""
+    fresh, stale = _present(draft, want.spec)
     if not want.count:
-        for view in present:
+        for view in (*fresh, *stale):
             draft.retire(view, want.end, want.why)
-        draft.decide(describe(draft, want, Outcome(state=ModelState.OFF, sentence=f"off: {want.why}")))
         return
     _retire_surplus(draft, want, fresh)
+    ready = sum(view.state is InstanceState.READY and _is_known(draft, want.spec, view) for view in fresh)
+    if ready >= want.count:
+        _retire_stale(draft, stale)
+
+
+def settle(draft: Draft, want: Want) -> None:
+    """Start what the model lacks, and record its decision. Old instances serve on, unless a new one has no room beside them."""
+    if not want.count:
+        draft.decide(describe(draft, want, Outcome(state=ModelState.OFF, sentence=f"off: {want.why}")))
+        return
+    fresh, stale = _present(draft, want.spec)
     outcome = _start_missing(draft, want, want.count - len(fresh))
-    _replace(draft, want, fresh, stale, outcome)
+    if outcome.in_the_way:
+        _retire_stale(draft, stale)
     draft.decide(describe(draft, want, outcome))
+
+
+def _present(draft: Draft, spec: ModelSpec) -> tuple[list[InstanceView], list[InstanceView]]:
+    """The model's instances that stay as far as this plan goes: those that the config asks for, and the stale ones."""
+    views = [view for view in draft.instances(spec.name) if view.state not in LEAVING and not draft.acted_on(view)]
+    stale = [view for view in views if _is_stale(draft, spec, view)]
+    return [view for view in views if view not in stale], stale
+
+
+def _retire_stale(draft: Draft, stale: Sequence[InstanceView]) -> None:
+    for view in stale:
+        draft.retire(view, StopReason.REPLACED, "its config changed")
 
 
 def _is_stale(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
@@ -59,18 +82,17 @@ def _is_stale(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
     return any(offer.fingerprint and offer.fingerprint != view.fingerprint for offer in offers)
 
 
+def _is_known(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
+    offers = draft.observed.candidates.get(spec.name, ())
+    return any(offer.backend == view.backend and offer.fingerprint for offer in offers)
+
+
 def _retire_surplus(draft: Draft, want: Want, fresh: Sequence[InstanceView]) -> None:
+    if any(not _is_known(draft, want.spec, view) for view in fresh):
+        return  # one of them may be stale and about to be replaced by the other: wait until that is known
     by_worth = sorted(fresh, key=lambda v: (v.state is not InstanceState.READY, -draft.leases(v), v.id))
     for view in by_worth[want.count :]:
         draft.retire(view, StopReason.UNWANTED, f"{want.count} wanted, {len(fresh)} there")
-
-
-def _replace(draft: Draft, want: Want, fresh: Sequence[InstanceView], stale: Sequence[InstanceView], outcome: Outcome) -> None:
-    """Let old instances serve until a new one does; only where there is no room for both do they go first."""
-    ready = sum(view.state is InstanceState.READY for view in fresh)
-    if ready >= want.count or outcome.state is ModelState.WAITING:
-        for view in stale:
-            draft.retire(view, StopReason.REPLACED, "its config changed")
 
 
 def _start_missing(draft: Draft, want: Want, missing: int) -> Outcome:
@@ -94,6 +116,9 @@ def _startable(draft: Draft, want: Want, outcome: Outcome) -> list[tuple[Candida
     """Candidates that may be started now, best first; why the others may not goes into `outcome`."""
     found: list[tuple[Candidate, VramEstimate]] = []
     for candidate in draft.observed.candidates.get(want.spec.name, ()):
+        if not candidate.problem and not candidate.fingerprint:
+            _rule_out(outcome, candidate, ModelState.STARTING, "wanted: its files are being looked at")
+            continue
         if candidate.problem or candidate.estimate is None:
             _rule_out(outcome, candidate, ModelState.FAILED, candidate.problem or "its memory need is not known", candidate.hint)
             continue
@@ -172,25 +197,37 @@ def _make_room(draft: Draft, want: Want, shortages: Sequence[NoRoom], outcome: O
             outcome.state, outcome.sentence = ModelState.FAILED, shortages[0].sentence
             outcome.hint = "raise the budget, or lower context, parallel or the model's size"
         return
-    short = possible[0]
-    outcome.state = ModelState.WAITING
-    if short.device is None:
-        outcome.sentence = short.sentence
+    rivals, (_, own) = _rivals(draft, want), _present(draft, want.spec)
+    attainable = [short for short in possible if _is_attainable(draft, short, [*rivals, *own])]
+    short = attainable[0] if attainable else possible[0]
+    outcome.state, outcome.retry_at = ModelState.WAITING, None
+    if short.device is None or not attainable:
+        outcome.sentence = short_sentence(draft, short)
         return
-    leaving = draft.ledger.accounts[short.device].releasing
-    rivals = _rivals(draft, want)
-    victims = () if short.need <= short.room + leaving else choose_victims(short, _evictable(draft, want, rivals))
+    coming = replace(short, room=Bytes(short.room + draft.leaving(short.device)))
+    without_own = replace(coming, room=Bytes(coming.room + _held(own, short.device)))
+    victims = choose_victims(without_own, _evictable(draft, want, rivals)) if without_own.missing else ()
+    outcome.in_the_way = coming.missing > 0 and (bool(victims) or not without_own.missing)
+    outcome.sentence = short_sentence(draft, short, victims, own if outcome.in_the_way else ())
     for victim in victims:
         draft.retire(victim.view, StopReason.EVICTED, f"to make room for {want.spec.name} ({want.why})")
-    outcome.sentence = short_sentence(draft, short, leaving, victims)
-    attainable = short.room + leaving + sum(rival.placement.reserved.get(short.device, 0) for rival in rivals)
-    if short.need <= attainable:
-        # Held even while nobody can leave yet, so that smaller models that come later don't eat the room as it appears.
-        draft.ledger.claim(Placement(reserved={short.device: short.need}))
+    # Held even while nobody can leave yet, so that smaller models that come later don't eat the room as it appears.
+    draft.ledger.claim(Placement(reserved={short.device: short.need}))
+
+
+def _is_attainable(draft: Draft, short: NoRoom, going: Sequence[InstanceView]) -> bool:
+    """Whether it fits once all that leaves, and all that can be made to leave, has left."""
+    return short.device is not None and short.need <= short.room + draft.leaving(short.device) + _held(going, short.device)
+
+
+def _held(views: Sequence[InstanceView], device: DeviceId) -> int:
+    return sum(view.placement.reserved.get(device, 0) for view in views)
 
 
 def _rivals(draft: Draft, want: Want) -> list[InstanceView]:
     """Instances that may leave for `want` sooner or later."""
+    if not want.urgent:
+        return []
     return [
         view
         for view in draft.observed.instances.values()

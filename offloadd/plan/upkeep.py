@@ -50,6 +50,9 @@ def _check_signs(draft: Draft, view: InstanceView) -> None:
     held = draft.leases(view)
     limit = BUSY_SILENCE if held else IDLE_SILENCE
     last = max(view.last_sign or view.since, view.since)
+    if not held:
+        # The client of a long prompt may have just gone away: silence counts as idle only from then on.
+        last = max(last, draft.last_used(view))
     deadline = Instant(last + limit)
     if draft.now >= deadline:
         state = f"with {held} requests" if held else "while idle"

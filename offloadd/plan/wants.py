@@ -22,6 +22,8 @@ class Want:
     count: int
     why: str
     since: Instant = EVER
+    urgent: bool = False
+    """Whether others may be made to leave for it. Without a request or `run: always` it takes only room that is there."""
     end: StopReason = StopReason.UNWANTED
     """Why instances beyond `count` are stopped."""
 
@@ -36,7 +38,7 @@ def wanted(draft: Draft, spec: ModelSpec) -> Want:
     if spec.run is RunMode.NEVER:
         return Want(spec=spec, count=0, why="run: never")
     if spec.run is RunMode.ALWAYS:
-        return Want(spec=spec, count=max(1, spec.replicas.min), why="run: always")
+        return Want(spec=spec, count=max(1, spec.replicas.min), why="run: always", urgent=True)
     return _on_demand(draft, spec)
 
 
@@ -45,11 +47,12 @@ def _on_demand(draft: Draft, spec: ModelSpec) -> Want:
     waiting = draft.demand.waiting.get(spec.name)
     if waiting is not None:
         noun = "request waits" if waiting.count == 1 else "requests wait"
-        return Want(spec=spec, count=count, why=f"{waiting.count} {noun}", since=waiting.oldest)
+        return Want(spec=spec, count=count, why=f"{waiting.count} {noun}", since=waiting.oldest, urgent=True)
     live = [view for view in draft.instances(spec.name) if view.state not in LEAVING]
     if not live:
         return Want(spec=spec, count=0, why="no request wants it")
-    held = sum(draft.leases(view) for view in live)
+    # What still runs on one that drains is use of the model too: its replacement is not idle.
+    held = sum(draft.leases(view) for view in draft.instances(spec.name))
     if held:
         return Want(spec=spec, count=count, why=f"{held} requests run", since=draft.now)
     return _idle(draft, spec, count, live)

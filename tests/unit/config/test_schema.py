@@ -31,7 +31,9 @@ class Sglang(LlamaCpp):
 def properties(schema):
     for name, section in schema["$defs"].items():
         for field, details in section.get("properties", {}).items():
-            yield f"{name}.{field}", details
+            # A field described in the very words of its section has only the reference.
+            target = schema["$defs"].get(details.get("$ref", "").rpartition("/")[2], {})
+            yield f"{name}.{field}", {**target, **details}
 
 
 def test_every_field_is_described():

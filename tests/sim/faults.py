@@ -1,0 +1,100 @@
+"""The named faults: each is one thing that goes wrong, or that someone does, at an unlucky moment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from offloadd.state.ids import ModelName
+from offloadd.state.observed import InstanceState
+from tests.sim.world import GIB, Fate, Process, Script, World
+
+
+def crash(world: World, process: Process) -> None:
+    """Its process dies, whatever it is doing."""
+    if not process.gone:
+        world.crash(process, "killed by SIGSEGV")
+
+
+def hang(world: World, process: Process) -> None:
+    """It keeps its port and its memory, and answers nothing from now on."""
+    world.hang(process)
+
+
+def next_ones(world: World, model: ModelName, fate: Fate, *, load: float = 5.0) -> None:
+    """Whatever is started of the model from now on meets this fate."""
+    world.scripts[model] = replace(world.scripts.get(model, Script()), fate=fate, load=load)
+
+
+def crash_when_ready(world: World, model: ModelName, after: float) -> None:
+    """Its next processes load, serve for a while, and die."""
+    world.scripts[model] = replace(world.scripts.get(model, Script()), fate=Fate.SERVES, crash_after=after)
+
+
+def ignore_term(world: World, model: ModelName) -> None:
+    """Its next processes end only when they are killed."""
+    world.scripts[model] = replace(world.scripts.get(model, Script()), ignores_term=True)
+
+
+def take_less(world: World, model: ModelName, share: float) -> None:
+    """Its next processes allocate only a part of what they were promised."""
+    world.scripts[model] = replace(world.scripts.get(model, Script()), takes=share)
+
+
+def behave(world: World, model: ModelName) -> None:
+    """Its next processes do what they should."""
+    world.scripts.pop(model, None)
+
+
+def damage_file(world: World, model: ModelName) -> None:
+    """The file's content is replaced by one that no engine can load."""
+    world.files[model] = world.files.get(model, 0) + 1
+    world.broken_files.add((model, world.files[model]))
+
+
+def replace_file(world: World, model: ModelName) -> None:
+    """The file's content is replaced by a good one."""
+    world.files[model] = world.files.get(model, 0) + 1
+
+
+def foreign_memory(world: World, gib: float) -> None:
+    """Programs that are not ours use this much memory from now on; never more than there is."""
+    ours = world.total - world.foreign - world.free
+    world.foreign = max(0, min(int(gib * GIB), world.total - ours))
+
+
+def slow_release(world: World, lag: float) -> None:
+    """Memory of ended processes shows as used for this long."""
+    world.lag = lag
+
+
+def lose_device(world: World) -> None:
+    """The reading of memory fails."""
+    world.blind_device = True
+
+
+def lose_facts(world: World, model: ModelName) -> None:
+    """The model's files cannot be looked at now."""
+    world.blind_models.add(model)
+
+
+def see_again(world: World) -> None:
+    """Every reading succeeds again."""
+    world.blind_device = False
+    world.blind_models.clear()
+
+
+def leave(world: World, index: int) -> None:
+    """One of the clients goes away, waiting or served."""
+    if world.requests:
+        world.cancel(world.requests[index % len(world.requests)])
+
+
+def stop_all(world: World) -> None:
+    """No fault from now on: what runs well stays well, what hangs still hangs, and damaged files stay damaged."""
+    see_again(world)
+    world.scripts.clear()
+    world.foreign, world.lag = 0, 0.3
+    for process in world.processes.values():
+        process.script = replace(process.script, crash_after=None, ignores_term=False)
+        if process.state in (InstanceState.STARTING, InstanceState.LOADING) and process.script.fate is not Fate.NEVER_READY:
+            process.script = replace(process.script, fate=Fate.SERVES)

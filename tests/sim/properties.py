@@ -1,0 +1,470 @@
+"""What must hold of every plan, each as a sentence: the function's name, spelled out in its docstring.
+
+STEP holds those that are checked on every single plan, REPLAN those that ask the planner again, and LIVENESS those about where
+a run ends. A check that fails raises Broken, which names the sentence.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from offloadd.plan.accounting import limit_of
+from offloadd.plan.planner import plan
+from offloadd.plan.restart import WELL
+from offloadd.state.actions import Action, DrainInstance, ForgetInstance, ModelState, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.demand import Demand
+from offloadd.state.desired import DesiredState, ModelSpec, RestartPolicy, RunMode
+from offloadd.state.ids import HOST_RAM, InstanceId, ModelName
+from offloadd.state.launch import Candidate, ExitKind, ModelFacts
+from offloadd.state.observed import LEAVING, ExitRecord, InstanceState, InstanceView, ObservedState
+from offloadd.units import Instant
+from tests.sim.world import AT_FAULT, World
+
+
+class Broken(AssertionError):
+    """A property that did not hold."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        super().__init__(f"{name.replace('_', ' ')}: NOT SO: {detail}")
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One planner cycle: what went in, and what came out."""
+
+    world: World
+    desired: DesiredState
+    observed: ObservedState
+    demand: Demand
+    now: float
+    plan: Plan
+
+    def starts(self) -> list[StartInstance]:
+        return [action for action in self.plan.actions if isinstance(action, StartInstance)]
+
+    def stops(self) -> list[StopInstance]:
+        return [action for action in self.plan.actions if isinstance(action, StopInstance)]
+
+    def ends(self) -> list[StopInstance | DrainInstance]:
+        return [action for action in self.plan.actions if isinstance(action, StopInstance | DrainInstance)]
+
+    def view(self, action: Action) -> InstanceView:
+        return self.observed.instances[action.instance]
+
+    def leases(self, key: InstanceId) -> int:
+        return self.demand.leases.get(key, 0)
+
+    def spec(self, model: ModelName) -> ModelSpec | None:
+        return self.desired.models.get(model)
+
+
+def take_step(world: World) -> Step:
+    """Plan the world as it is now; nothing is applied."""
+    observed, demand = world.snapshot()
+    made = plan(world.desired, observed, demand, now=Instant(world.now))
+    return Step(world=world, desired=world.desired, observed=observed, demand=demand, now=world.now, plan=made)
+
+
+# Safety: every plan by itself
+
+
+def reserved_memory_stays_within_each_devices_limit_releasing_included(step: Step) -> None:
+    """A start is planned only when its promise fits beside all others, those of leaving instances included."""
+    starts = step.starts()
+    if not starts:
+        return
+    if not step.observed.devices:
+        raise Broken("reserved_memory_stays_within_each_devices_limit_releasing_included", "started without a reading of memory")
+    for device in step.observed.devices.values():
+        held = sum(view.placement.reserved.get(device.id, 0) for view in step.observed.instances.values())
+        new = sum(action.placement.reserved.get(device.id, 0) for action in starts)
+        limit = limit_of(device, step.desired.budget)
+        if held + new > limit:
+            raise Broken(
+                "reserved_memory_stays_within_each_devices_limit_releasing_included", f"{held} + {new} of {limit} on {device.id}"
+            )
+
+
+def a_start_never_takes_memory_that_others_use_or_were_promised(step: Step) -> None:
+    """What is free now covers the start and all that earlier promises have not taken yet."""
+    starts = step.starts()
+    if not starts:
+        return
+    due = sum(
+        max(0, process.placement.reserved.get(HOST_RAM, 0) - process.taken)
+        for process in step.world.processes.values()
+        if not process.gone
+    )
+    new = sum(action.placement.reserved.get(HOST_RAM, 0) for action in starts)
+    if due + new > step.world.free:
+        raise Broken(
+            "a_start_never_takes_memory_that_others_use_or_were_promised", f"{new} + {due} still due, {step.world.free} free"
+        )
+
+
+def an_instance_with_an_action_in_flight_gets_no_other(step: Step) -> None:
+    """One action per instance and plan, and none for an instance that is being stopped."""
+    name = "an_instance_with_an_action_in_flight_gets_no_other"
+    keys = [action.instance for action in step.plan.actions]
+    if len(set(keys)) != len(keys):
+        raise Broken(name, f"two actions for one of {keys}")
+    for action in step.plan.actions:
+        view = step.observed.instances.get(action.instance)
+        if isinstance(action, StartInstance):
+            if view is not None or action.instance.number <= step.observed.launches.get(action.instance.model, 0):
+                raise Broken(name, f"{action.instance} is started again")
+        elif view is None or view.state is InstanceState.STOPPING:
+            raise Broken(name, f"{type(action).__name__} for {action.instance}, which is {view.state if view else 'unknown'}")
+        elif isinstance(action, ForgetInstance) != (view.state is InstanceState.EXITED):
+            raise Broken(name, f"{type(action).__name__} for {action.instance}, which is {view.state}")
+        elif isinstance(action, DrainInstance) and view.state is InstanceState.DRAINING:
+            raise Broken(name, f"{action.instance} is drained twice")
+
+
+def an_instance_that_holds_leases_is_not_stopped_before_its_drain_deadline(step: Step) -> None:
+    """Unless it is at fault itself."""
+    for action in step.stops():
+        view = step.view(action)
+        if not step.leases(view.id) or action.reason in AT_FAULT:
+            continue
+        if view.state is not InstanceState.DRAINING or view.drain_deadline is None or step.now < view.drain_deadline:
+            raise Broken(
+                "an_instance_that_holds_leases_is_not_stopped_before_its_drain_deadline",
+                f"{view.id} is {view.state} with {step.leases(view.id)} leases: {action.why}",
+            )
+
+
+def an_instance_is_found_at_fault_only_when_it_is(step: Step) -> None:
+    """Late means not ready in start_timeout; hung means silent for long while idle, or for very long while busy."""
+    for action in step.stops():
+        process = step.world.processes[action.instance]
+        if action.reason is StopReason.START_TIMEOUT:
+            timeout = (step.spec(process.id.model) or process.spec).start_timeout
+            if process.ready_at is not None or step.now < process.started_at + timeout - 1e-6:
+                raise Broken("an_instance_is_found_at_fault_only_when_it_is", f"{process.id} is not late")
+        if action.reason is StopReason.HUNG:
+            last = process.last_sign or process.since
+            silence = step.now - (last if process.held else max(last, process.idle_since))
+            if silence < (300 if process.held else 30) - 1e-6:
+                raise Broken("an_instance_is_found_at_fault_only_when_it_is", f"{process.id} was silent for {silence} s only")
+
+
+def a_pinned_instance_or_one_of_higher_priority_is_never_evicted(step: Step) -> None:
+    """An eviction has a beneficiary that ranks no lower than the one that leaves."""
+    name = "a_pinned_instance_or_one_of_higher_priority_is_never_evicted"
+    for action in step.ends():
+        evicts = (
+            action.reason is StopReason.EVICTED if isinstance(action, StopInstance) else action.why.startswith("to make room for")
+        )
+        if not evicts:
+            continue
+        victim = step.spec(action.instance.model) or step.view(action).spec
+        gainers = [spec for spec in step.desired.models.values() if f"make room for {spec.name} (" in action.why]
+        if victim.pinned:
+            raise Broken(name, f"{action.instance} is pinned: {action.why}")
+        if not any(spec.priority >= victim.priority for spec in gainers):
+            raise Broken(name, f"{action.instance} has priority {victim.priority}: {action.why}")
+        if not any(_has_demand(step, spec) for spec in gainers):
+            raise Broken(name, f"{action.instance} leaves for a model that nobody waits for: {action.why}")
+
+
+def a_model_is_started_only_for_a_reason(step: Step) -> None:
+    """Each start is wanted by the config or by demand, and no model gets more instances than it may have at once."""
+    name = "a_model_is_started_only_for_a_reason"
+    for action in step.starts():
+        spec = step.spec(action.instance.model)
+        if spec is None or spec.run is RunMode.NEVER or action.candidate.backend not in spec.backends:
+            raise Broken(name, f"{action.instance} is not wanted by the config")
+        live = [view for view in step.observed.instances.values() if view.model == spec.name and view.state not in LEAVING]
+        if not live and not _has_demand(step, spec):
+            raise Broken(name, f"nobody waits for {action.instance}")
+        same = [view for view in live if view.fingerprint == action.candidate.fingerprint]
+        new = sum(other.instance.model == spec.name for other in step.starts())
+        if len(same) + new > max(spec.replicas.max, spec.replicas.min):
+            raise Broken(name, f"{len(same)} + {new} instances of {spec.name}")
+
+
+def _has_demand(step: Step, spec: ModelSpec) -> bool:
+    return spec.run is RunMode.ALWAYS or spec.name in step.demand.waiting
+
+
+def a_permanently_broken_model_is_not_started_again(step: Step) -> None:
+    """Not with the same fingerprint and the same file."""
+    for action in step.starts():
+        for record in _same_launch(step, action):
+            if record.cause.permanent:
+                raise Broken("a_permanently_broken_model_is_not_started_again", f"{action.instance}: {record.cause.message}")
+
+
+def a_model_that_keeps_failing_backs_off_and_is_given_up(step: Step) -> None:
+    """From the second failure in a row on, starts wait for at least three quarters of the backoff, which doubles."""
+    name = "a_model_that_keeps_failing_backs_off_and_is_given_up"
+    for action in step.starts():
+        failures, last = _failures(_same_launch(step, action))
+        policy = action.spec.restart
+        if failures >= policy.give_up_after:
+            raise Broken(name, f"{action.instance} is started after {failures} failures in a row")
+        if failures >= 2 and step.now < last + 0.75 * _backoff(policy, failures) - 1e-6:
+            raise Broken(name, f"{action.instance} is started {step.now - last} s after failure {failures} in a row")
+
+
+def _backoff(policy: RestartPolicy, failures: int) -> float:
+    return min(policy.max_backoff, policy.backoff * 2 ** (failures - 2))
+
+
+def _failures(records: Sequence[ExitRecord]) -> tuple[int, float]:
+    """Failures in a row and the time of the last; up to two lost races for a port are not counted."""
+    row: list[ExitRecord] = []
+    for record in reversed(records):
+        proven = record.ready_for is not None and (record.expected or record.ready_for >= WELL)
+        if not record.expected:
+            row.append(record)
+        if proven:
+            break
+    races = sum(record.cause.kind is ExitKind.PORT_TAKEN for record in row)
+    return len(row) - (races if races < 3 else 0), row[0].at if row else 0.0
+
+
+def _same_launch(step: Step, action: StartInstance) -> list[ExitRecord]:
+    return [
+        record
+        for record in step.world.exits.get(action.instance.model, [])
+        if record.fingerprint == action.candidate.fingerprint and record.identity == action.candidate.facts.identity
+    ]
+
+
+def room_on_its_way_is_kept_for_the_first_in_line(step: Step) -> None:
+    """While memory is being freed that lets the first waiter in, nobody behind it takes so much that it no longer would."""
+    waiters = [spec for spec in step.desired.models.values() if _waits_for_room(step, spec)]
+    if not waiters or not step.plan.accounts:
+        return
+    first = min(waiters, key=lambda spec: _rank(step, spec))
+    account = step.plan.accounts[HOST_RAM]
+    needs = [offer.estimate.total for offer in step.observed.candidates[first.name] if offer.estimate is not None]
+    if len(needs) != 1:
+        return  # which engine it is kept for depends on which of them backs off
+    coming = account.room + account.releasing
+    behind = [action for action in step.starts() if _rank(step, action.spec) > _rank(step, first)]
+    ahead = sum(action.placement.total for action in step.starts() if action not in behind)
+    taken = sum(action.placement.total for action in behind)
+    if taken and needs[0] <= coming - ahead < needs[0] + taken:
+        raise Broken(
+            "room_on_its_way_is_kept_for_the_first_in_line",
+            f"{first.name} needs {needs[0]} of {coming - ahead}, {[str(action.instance) for action in behind]} took {taken}",
+        )
+
+
+def _waits_for_room(step: Step, spec: ModelSpec) -> bool:
+    return spec.name in step.demand.waiting and step.plan.decisions[spec.name].state is ModelState.WAITING
+
+
+def _rank(step: Step, spec: ModelSpec) -> tuple[int, float]:
+    waiting = step.demand.waiting.get(spec.name)
+    since = float("-inf") if spec.run is RunMode.ALWAYS else waiting.oldest if waiting else step.now
+    return (-spec.priority, since)
+
+
+def no_more_is_evicted_than_the_waiters_need(step: Step) -> None:
+    """Each single eviction is needed: without it, what is free or on its way would not be enough for those who wait."""
+    evicted = [step.view(action) for action in step.stops() if action.reason is StopReason.EVICTED]
+    if (
+        not evicted
+        or not step.plan.accounts
+        or len({action.why for action in step.stops() if action.reason is StopReason.EVICTED}) > 1
+    ):
+        return  # of two who make room one after the other, the second may make the first's victim needless
+    account = step.plan.accounts[HOST_RAM]
+    needs = 0
+    for spec in step.desired.models.values():
+        fresh = sum(action.instance.model == spec.name for action in step.starts())
+        if _has_demand(step, spec) or fresh:
+            offers = [offer.estimate.total for offer in step.observed.candidates[spec.name] if offer.estimate is not None]
+            needs += max(offers, default=0) * max(1, spec.replicas.min)
+    freed = sum(view.placement.total for view in evicted)
+    spare = account.room + account.releasing + freed - needs
+    least = min(view.placement.total for view in evicted)
+    if spare >= least > 0:
+        raise Broken("no_more_is_evicted_than_the_waiters_need", f"{spare} to spare, {least} evicted")
+
+
+def every_model_gets_a_verdict(step: Step) -> None:
+    """One decision per model of the config, with a sentence; a wait that time ends says when."""
+    for name in step.desired.models:
+        decision = step.plan.decisions.get(name)
+        if decision is None or not decision.sentence:
+            raise Broken("every_model_gets_a_verdict", f"{name}: {decision}")
+        if decision.state is ModelState.BACKOFF and (decision.retry_at is None or (step.plan.wake_at or 1e18) > decision.retry_at):
+            raise Broken("every_model_gets_a_verdict", f"{name} backs off and does not wake: {decision}")
+
+
+STEP: tuple[Callable[[Step], None], ...] = (
+    reserved_memory_stays_within_each_devices_limit_releasing_included,
+    a_start_never_takes_memory_that_others_use_or_were_promised,
+    an_instance_with_an_action_in_flight_gets_no_other,
+    an_instance_that_holds_leases_is_not_stopped_before_its_drain_deadline,
+    an_instance_is_found_at_fault_only_when_it_is,
+    a_pinned_instance_or_one_of_higher_priority_is_never_evicted,
+    a_model_is_started_only_for_a_reason,
+    a_permanently_broken_model_is_not_started_again,
+    a_model_that_keeps_failing_backs_off_and_is_given_up,
+    room_on_its_way_is_kept_for_the_first_in_line,
+    no_more_is_evicted_than_the_waiters_need,
+    every_model_gets_a_verdict,
+)
+
+
+# Safety: what the planner says when it is asked again
+
+
+def the_same_inputs_in_any_order_give_the_same_plan(step: Step, seed: int = 1) -> None:
+    """Mappings are shuffled; only the order of `backends` and of exits has a meaning."""
+    mix = random.Random(seed)
+
+    def shuffled(mapping: object) -> dict[object, object]:
+        pairs = list(mapping.items())  # type: ignore[attr-defined]
+        mix.shuffle(pairs)
+        return dict(pairs)
+
+    desired = replace(step.desired, models=shuffled(step.desired.models))
+    fields = ("instances", "devices", "candidates", "exits", "launches")
+    observed = replace(step.observed, **{name: shuffled(getattr(step.observed, name)) for name in fields})
+    demand = replace(step.demand, **{name: shuffled(getattr(step.demand, name)) for name in ("waiting", "leases", "last_used")})
+    again = plan(desired, observed, demand, now=Instant(step.now))
+    if again != step.plan:
+        raise Broken("the_same_inputs_in_any_order_give_the_same_plan", f"{step.plan}\n{again}")
+
+
+def a_missing_observation_never_causes_a_stop(step: Step) -> None:
+    """Whoever leaves when memory or a model's facts cannot be read would leave as well if they could."""
+    ends = {action.instance for action in step.ends()}
+    unread = [replace(step.observed, devices={}), replace(step.observed, candidates={})]
+    unread.append(replace(step.observed, candidates={name: _unknown(offers) for name, offers in step.observed.candidates.items()}))
+    for observed in unread:
+        blind = plan(step.desired, observed, step.demand, now=Instant(step.now))
+        more = [
+            action for action in blind.actions if isinstance(action, StopInstance | DrainInstance) and action.instance not in ends
+        ]
+        if more:
+            raise Broken("a_missing_observation_never_causes_a_stop", str(more))
+
+
+def _unknown(offers: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    return tuple(Candidate(backend=offer.backend, facts=ModelFacts()) for offer in offers)
+
+
+def nothing_changes_before_the_plan_wakes(step: Step) -> None:
+    """When a plan has nothing to do, time alone gives it nothing to do before `wake_at`."""
+    if step.plan.actions:
+        return
+    last = step.now + 3600 if step.plan.wake_at is None else max(step.now, step.plan.wake_at)
+    if last - step.now < 1e-3:  # as good as now, for a float
+        return
+    for share in (0.5, 0.999):
+        later = step.now + (last - step.now) * share
+        again = plan(step.desired, step.observed, step.demand, now=Instant(later))
+        if again.actions:
+            raise Broken(
+                "nothing_changes_before_the_plan_wakes", f"{later - step.now} s later, wake at {step.plan.wake_at}: {again.actions}"
+            )
+
+
+REPLAN: tuple[Callable[[Step], None], ...] = (
+    the_same_inputs_in_any_order_give_the_same_plan,
+    a_missing_observation_never_causes_a_stop,
+    nothing_changes_before_the_plan_wakes,
+)
+
+
+def a_plan_that_was_carried_out_has_nothing_to_add(step: Step, after: Step) -> None:
+    """Asked again at once, the planner plans nothing, unless forgetting or replacing an instance gave others new hope of room."""
+    hope = any(
+        isinstance(action, ForgetInstance) or getattr(action, "reason", "") == StopReason.REPLACED for action in step.plan.actions
+    )
+    if after.plan.actions and not hope:
+        raise Broken("a_plan_that_was_carried_out_has_nothing_to_add", f"{step.plan.actions}\nthen {after.plan.actions}")
+
+
+# Liveness: where a run ends when no more faults come
+
+PASSES = 400
+"""Bound on planner cycles, and with at most 30 s between two of them on time, until a world without faults is settled."""
+
+
+def faults_stop_and_the_world_settles(world: World) -> None:
+    """Within PASSES cycles nothing is planned any more, nothing moves, and no request waits or runs."""
+    for _ in range(PASSES):
+        step = check_cycle(world)
+        if not step.plan.actions and not world.requests and not _moving(world):
+            return
+        wakes = [at for at in (step.plan.wake_at, world.next_event()) if at is not None and at > world.now]
+        world.advance(min([at - world.now for at in wakes] + [30.0]))
+    decisions = {name: decision.sentence for name, decision in world.last_plan.decisions.items()}
+    raise Broken("faults_stop_and_the_world_settles", f"{decisions}; {[str(request) for request in world.requests]}")
+
+
+def _moving(world: World) -> bool:
+    done = (InstanceState.READY,)
+    return any(process.state not in done or process.hung_at is not None for process in world.processes.values()) or any(
+        decision.state is ModelState.BACKOFF for decision in world.last_plan.decisions.values()
+    )
+
+
+def every_model_that_must_run_does_or_says_why(world: World) -> None:
+    """In a settled world a model with run: always is ready, or has failed for good, or there is no room beside its betters."""
+    step = take_step(world)
+    for name, spec in world.desired.models.items():
+        state = step.plan.decisions[name].state
+        if spec.run is not RunMode.ALWAYS or state in (ModelState.READY, ModelState.FAILED):
+            continue
+        name_ = "every_model_that_must_run_does_or_says_why"
+        if state is not ModelState.WAITING:
+            raise Broken(name_, f"{name} is {state}: {step.plan.decisions[name].sentence}")
+        stay = [
+            view.placement.total
+            for view in step.observed.instances.values()
+            if (other := world.desired.models[view.model]).pinned or _stays(other, spec)
+        ]
+        short = step.plan.decisions[name].engines  # the others have a reason of their own
+        need = min(world.need(spec, backend) for backend in spec.backends if short.get(backend, "").startswith("needs"))
+        if need + sum(stay) <= step.plan.accounts[HOST_RAM].limit:
+            raise Broken(name_, f"{name} waits although only {stay} must stay: {step.plan.decisions[name].sentence}")
+
+
+def _stays(other: ModelSpec, spec: ModelSpec) -> bool:
+    return (
+        other.priority > spec.priority
+        or other.name == spec.name
+        or (other.run is RunMode.ALWAYS and other.priority == spec.priority)
+    )
+
+
+def every_request_ended(world: World) -> None:
+    """Each was granted and ended, or was refused, cancelled or timed out."""
+    if world.requests:
+        raise Broken("every_request_ended", str(world.requests))
+
+
+LIVENESS: tuple[Callable[[World], None], ...] = (
+    faults_stop_and_the_world_settles,
+    every_model_that_must_run_does_or_says_why,
+    every_request_ended,
+)
+
+
+def check_cycle(world: World, *, replan: bool = True, actions: Callable[[Plan], Sequence[Action]] | None = None) -> Step:
+    """One planner cycle under every safety property; `actions` picks which of the plan's are taken, and in which order."""
+    step = take_step(world)
+    for holds in STEP:
+        holds(step)
+    if replan:
+        for holds in REPLAN:
+            holds(step)
+    chosen = step.plan.actions if actions is None else actions(step.plan)
+    before = len(world.requests)
+    world.apply(step.plan, chosen)
+    if replan and len(chosen) == len(step.plan.actions) and before == len(world.requests):
+        a_plan_that_was_carried_out_has_nothing_to_add(step, take_step(world))
+    return step
