@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -89,7 +90,12 @@ class Daemon:
         self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake)
         self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools())
         self._reconciler = Reconciler(
-            clock=clock, desired=self._desired, observed=self._observed, demand=self._book.demand, apply=self._apply
+            clock=clock,
+            desired=self._desired,
+            observed=self._observed,
+            demand=self._book.demand,
+            apply=self._apply,
+            woke_up=self._executor.sign_all,
         )
 
     async def run(self, started: Callable[[Daemon], None]) -> None:
@@ -106,6 +112,7 @@ class Daemon:
             await self._wind_down()
             for task in tasks:
                 task.cancel()
+        _ignore_signals()
 
     def stop(self) -> None:
         """Begin to end: as SIGTERM does. Called again, it stops waiting for requests."""
@@ -235,7 +242,7 @@ class Daemon:
 
     def _desired(self) -> DesiredState:
         applied = self._store.applied.desired
-        return DesiredState(budget=applied.budget, storage=applied.storage) if self._leaving.is_set() else applied
+        return replace(applied, models={}, closing=True) if self._leaving.is_set() else applied
 
     def _observed(self) -> ObservedState:
         return self._observer.snapshot(self._executor.observed())
@@ -281,6 +288,14 @@ class Daemon:
                 found[f"{name} {decision.state}: {decision.sentence}"] = decision.hint
         self._problem_since = {what: self._problem_since.get(what, wall) for what in found}
         return [Problem(what=what, since=self._problem_since[what], hint=hint) for what, hint in found.items()]
+
+
+def _ignore_signals() -> None:
+    """All is done: one more SIGTERM, in the moment until the process is gone, must not make its end look like a death."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

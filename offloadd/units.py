@@ -107,6 +107,11 @@ def format_seconds(value: float) -> str:
     return _two(whole // 86400, "d", whole % 86400 // 3600, "h")
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """`1 request runs`, `2 requests run`: the number with the words that fit it."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def _two(major: int, major_unit: str, minor: int, minor_unit: str) -> str:
     tail = f" {minor} {minor_unit}" if minor else ""
     return f"{major} {major_unit}{tail}"

@@ -80,12 +80,10 @@ class Observer:
         view = self.engines.get(name)
         facts = self._facts.get(spec.source_for(name), ModelFacts())
         backend = self._backends.get(engine.adapter)
-        if backend is None or view is None or view.problem:
-            return Candidate(
-                backend=name, facts=facts, problem=view.problem if view else "not looked for yet", hint=view.hint if view else ""
-            )
-        if facts.problem or facts.size is None:
-            return Candidate(backend=name, facts=facts, problem=facts.problem or "its file was not read yet", hint=facts.hint)
+        if view is not None and (backend is None or view.problem):
+            return Candidate(backend=name, facts=facts, problem=view.problem, hint=view.hint)
+        if backend is None or view is None or facts.problem or facts.size is None:
+            return Candidate(backend=name, facts=facts, problem=facts.problem, hint=facts.hint)  # without one: not known yet
         return _offer(backend, engine, spec, facts)
 
     async def _read_devices(self) -> None:

@@ -10,9 +10,14 @@ from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import LOCAL, DeviceId, InstanceId, ModelName
 from offloadd.state.observed import LEAVING, InstanceState, InstanceView, ObservedState
-from offloadd.units import Bytes, Instant
+from offloadd.units import Bytes, Instant, counted
 
 _SENDS_AWAY = (DrainInstance, StopInstance)
+
+
+def requests_run(number: int) -> str:
+    """How many requests an instance holds, in words."""
+    return counted(number, "request runs", "requests run")
 
 
 class Draft:
@@ -96,7 +101,7 @@ class Draft:
             self.stop(view, reason, why)
         elif view.state is not InstanceState.DRAINING:
             deadline = Instant(self.now + self.spec_of(view).drain_timeout)
-            self._actions[view.id] = DrainInstance(instance=view.id, deadline=deadline, why=f"{why}; {held} requests run")
+            self._actions[view.id] = DrainInstance(instance=view.id, deadline=deadline, why=f"{why}; {requests_run(held)}")
             self.wake(deadline)
 
     def stop(self, view: InstanceView, reason: StopReason, why: str) -> None:

@@ -35,4 +35,7 @@ def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now:
 def _retire_removed(draft: Draft) -> None:
     for view in draft.observed.instances.values():
         if view.model not in draft.desired.models:
-            draft.retire(view, StopReason.UNWANTED, "the config no longer names its model")
+            if draft.desired.closing:
+                draft.retire(view, StopReason.SHUTDOWN, "offloadd is shutting down")
+            else:
+                draft.retire(view, StopReason.UNWANTED, "the config no longer names its model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from offloadd.plan.draft import Draft
+from offloadd.plan.draft import Draft, requests_run
 from offloadd.plan.eviction import Evictable
 from offloadd.plan.placement import NoRoom
 from offloadd.plan.restart import RestartVerdict
@@ -56,7 +56,7 @@ def _instance_sentence(draft: Draft, view: InstanceView, outcome: Outcome) -> st
     held = draft.leases(view)
     text = f"{view.id} is {view.state} on {view.backend} with {format_bytes(view.placement.total)}"
     if held:
-        text += f", {held} requests run"
+        text += f", {requests_run(held)}"
     if outcome.started:
         text += f"; {outcome.started[0].instance} starts beside it"
     elif outcome.sentence:
@@ -102,4 +102,4 @@ def short_sentence(draft: Draft, short: NoRoom, victims: Sequence[Evictable] = (
 
 
 def _use(draft: Draft, victim: Evictable) -> str:
-    return f"{draft.leases(victim.view)} requests run" if victim.busy else f"idle {format_seconds(draft.now - victim.last_used)}"
+    return requests_run(draft.leases(victim.view)) if victim.busy else f"idle {format_seconds(draft.now - victim.last_used)}"

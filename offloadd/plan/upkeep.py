@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offloadd.plan.draft import Draft
+from offloadd.plan.draft import Draft, requests_run
 from offloadd.state.actions import StopReason
 from offloadd.state.observed import SETTLING, InstanceState, InstanceView
 from offloadd.units import Instant, Seconds, format_seconds
@@ -32,7 +32,7 @@ def _finish_drain(draft: Draft, view: InstanceView) -> None:
     if not held:
         draft.stop(view, StopReason.UNWANTED, "drained: no request runs any more")
     elif draft.now >= deadline:
-        draft.stop(view, StopReason.UNWANTED, f"{held} requests still run at the drain deadline")
+        draft.stop(view, StopReason.UNWANTED, f"{requests_run(held)} still, at the drain deadline")
     else:
         draft.wake(deadline)
 
@@ -55,7 +55,7 @@ def _check_signs(draft: Draft, view: InstanceView) -> None:
         last = max(last, draft.last_used(view))
     deadline = Instant(last + limit)
     if draft.now >= deadline:
-        state = f"with {held} requests" if held else "while idle"
+        state = f"while {requests_run(held)}" if held else "while idle"
         draft.stop(view, StopReason.HUNG, f"no sign of life for {format_seconds(draft.now - last)} {state}")
     else:
         draft.wake(deadline)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offloadd.plan.draft import Draft
+from offloadd.plan.draft import Draft, requests_run
 from offloadd.state.actions import StopReason
 from offloadd.state.desired import ModelSpec, RunMode
 from offloadd.state.observed import LEAVING, InstanceView
-from offloadd.units import Instant, format_seconds
+from offloadd.units import Instant, counted, format_seconds
 
 EVER = Instant(float("-inf"))
 
@@ -46,15 +46,16 @@ def _on_demand(draft: Draft, spec: ModelSpec) -> Want:
     count = max(1, spec.replicas.min)
     waiting = draft.demand.waiting.get(spec.name)
     if waiting is not None:
-        noun = "request waits" if waiting.count == 1 else "requests wait"
-        return Want(spec=spec, count=count, why=f"{waiting.count} {noun}", since=waiting.oldest, urgent=True)
+        return Want(
+            spec=spec, count=count, why=counted(waiting.count, "request waits", "requests wait"), since=waiting.oldest, urgent=True
+        )
     live = [view for view in draft.instances(spec.name) if view.state not in LEAVING]
     if not live:
         return Want(spec=spec, count=0, why="no request wants it")
     # What still runs on one that drains is use of the model too: its replacement is not idle.
     held = sum(draft.leases(view) for view in draft.instances(spec.name))
     if held:
-        return Want(spec=spec, count=count, why=f"{held} requests run", since=draft.now)
+        return Want(spec=spec, count=count, why=requests_run(held), since=draft.now)
     return _idle(draft, spec, count, live)
 
 

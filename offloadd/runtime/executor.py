@@ -55,6 +55,11 @@ class Executor:
         """The instance, while it is on the books."""
         return self._instances.get(instance)
 
+    def sign_all(self) -> None:
+        """Begin anew to wait for signs of life."""
+        for instance in self._instances.values():
+            instance.sign()
+
     def pids(self) -> dict[InstanceId, int]:
         """Leaders of the live process trees."""
         return {key: view.pid for key, view in self.views().items() if view.pid is not None and view.state not in LEAVING}
@@ -93,7 +98,7 @@ class Executor:
         engine = self._engine_of(action.candidate.backend)
         instance = Instance(action, self._backends[engine.adapter], engine, self._tools)
         self._instances[action.instance] = instance
-        self._launches[action.instance.model] = action.instance.number
+        self._launches[action.instance.model] = max(action.instance.number, self._launches.get(action.instance.model, 0))
         self._tools.logs.discard_old(action.instance)
         self._tasks[action.instance] = asyncio.create_task(self._run(instance), name=f"instance {action.instance}")
 

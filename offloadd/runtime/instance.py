@@ -117,6 +117,8 @@ class Instance:
                 helper.cancel()
             process.kill()
             await asyncio.gather(*helpers, return_exceptions=True)
+        # First: whoever waits for a slot must not be given one of the dead.
+        self._enter(InstanceState.STOPPING)
         self._tools.hang_up(self.id, f"the backend ended ({status})")
         swept = await asyncio.to_thread(self._tools.launcher.sweep, self._mark)
         if swept:

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 RESYNC = Seconds(10)
 """A cycle at least this often, whatever happens: events only make it sooner."""
+ASLEEP = Seconds(20)
+"""Longer than any two cycles are apart while we run: what was not heard in that time says nothing about anybody."""
 SPACING = Seconds(0.005)
 """Least time between cycles, so that a burst of events costs one."""
 _AFTER_ERROR = Seconds(1)
@@ -37,12 +39,15 @@ class Reconciler:
         observed: Callable[[], ObservedState],
         demand: Callable[[], Demand],
         apply: Callable[[Plan], None],
+        woke_up: Callable[[], None],
     ) -> None:
+        """`woke_up` is called ahead of a cycle that comes so late that the whole daemon must have stood still."""
         self._clock = clock
         self._desired = desired
         self._observed = observed
         self._demand = demand
         self._apply = apply
+        self._woke_up = woke_up
         self._woken = asyncio.Event()
         self._said: dict[ModelName, str] = {}
         self.latest = Plan()
@@ -69,6 +74,9 @@ class Reconciler:
     def cycle(self) -> Plan:
         """Look, plan and hand over, in one synchronous step: nothing changes between the look and the effects' begin."""
         now = self._clock.now()
+        if now - self.completed_at > ASLEEP:
+            log.warning("no cycle for %g s: the machine or the daemon was suspended", now - self.completed_at)
+            self._woke_up()
         desired = self._desired()
         answer = plan(desired, self._observed(), self._demand(), now=now)
         self.latest = answer
@@ -92,10 +100,12 @@ class Reconciler:
     def _report(self, decisions: Mapping[ModelName, Decision]) -> None:
         """Log a decision when it says something new, numbers aside."""
         for name, decision in decisions.items():
-            gist = f"{decision.state} {_NUMBERS.sub('#', decision.sentence)}"
+            trouble = decision.state in (ModelState.FAILED, ModelState.BACKOFF)
+            said = f"{decision.state}: {decision.sentence}" if trouble else decision.sentence
+            gist = _NUMBERS.sub("#", said)
             if self._said.get(name) != gist:
-                level = logging.WARNING if decision.state in (ModelState.FAILED, ModelState.BACKOFF) else logging.INFO
+                level = logging.WARNING if trouble else logging.INFO
                 hint = f" ({decision.hint})" if decision.hint else ""
-                log.log(level, "%s: %s: %s%s", name, decision.state, decision.sentence, hint)
+                log.log(level, "%s: %s%s", name, said, hint)
                 self._said[name] = gist
         self._said = {name: gist for name, gist in self._said.items() if name in decisions}

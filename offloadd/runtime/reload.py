@@ -92,12 +92,22 @@ class ConfigStore:
         """Reload whenever the content changes, by event or by poll."""
         while True:
             folders = await asyncio.to_thread(watched_folders, self._path)
-            async for _ in watchfiles.awatch(
-                *folders, recursive=False, debounce=200, step=50, rust_timeout=int(POLL * 1000), yield_on_timeout=True
-            ):
+            try:
+                await self._watch(folders)
+            except (OSError, RuntimeError) as error:
+                # A folder went away in this moment, or the system has no watch left: looking now and then still works.
+                log.debug("cannot watch %s: %s", self._path, error)
                 await self._look()
-                if await asyncio.to_thread(watched_folders, self._path) != folders:
-                    break
+                await asyncio.sleep(POLL)
+
+    async def _watch(self, folders: frozenset[Path]) -> None:
+        """Look at every event in the folders, until other folders are the ones to watch."""
+        async for _ in watchfiles.awatch(
+            *folders, recursive=False, debounce=200, step=50, rust_timeout=int(POLL * 1000), yield_on_timeout=True
+        ):
+            await self._look()
+            if await asyncio.to_thread(watched_folders, self._path) != folders:
+                return
 
     async def _reload(self, why: str) -> Attempt:
         async with self._lock:

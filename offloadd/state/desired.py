@@ -169,3 +169,5 @@ class DesiredState:
     models: Mapping[ModelName, ModelSpec] = field(default_factory=dict)
     generation: int = 0
     """Counts applied configs; 0 before the first one."""
+    closing: bool = False
+    """The daemon is ending: nothing is wanted any more."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from offloadd.state.ids import BackendName, DeviceId
+from offloadd.state.ids import BackendName, DeviceId, ModelName
+from offloadd.state.shape import ModelShape
 from offloadd.units import Bytes, Seconds
 
 
@@ -132,17 +133,43 @@ class ModelFacts:
     path: str = ""
     size: Bytes | None = None
     identity: str = ""
+    shape: ModelShape | None = None
+    """What the file's header says; None when it was not read or could not be."""
     problem: str = ""
     hint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VramEstimate:
-    """Predicted memory of one instance, in bytes; on a machine without a GPU it is RAM."""
+    """Predicted memory of one instance, in bytes, in the parts that placement can move.
+
+    `total` is what one device takes when all of it lies there, RAM included. An engine that can be split says `layers` and `fixed`, and
+    then `total` is their sum.
+    """
 
     total: Bytes
     basis: str
     """How it came about, as an operator would say it: `file 96.6 MiB + margin 512 MiB`."""
+    layers: tuple[Bytes, ...] = ()
+    """Weights and cache of each layer in order, the output layer last; empty when it cannot be divided."""
+    fixed: Bytes = Bytes(0)
+    """On every device that takes part: work buffers and the driver's context."""
+    host: Bytes = Bytes(0)
+    """RAM beside a placement on GPUs."""
+    on_host: Bytes | None = None
+    """RAM when all of it runs on the CPU; None means `total`."""
+    learned: bool = False
+    """Whether `total` was measured on earlier launches rather than worked out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What earlier launches of one kind really took at their peak, and how long they loaded."""
+
+    model: ModelName
+    backend: BackendName
+    peak: Bytes
+    load_seconds: Seconds | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

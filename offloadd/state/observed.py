@@ -13,7 +13,7 @@ from offloadd.units import Bytes, Instant, Seconds
 
 
 class InstanceState(StrEnum):
-    """Life of one instance. DRAINING and STOPPING are entered on the planner's word, the rest is seen."""
+    """Life of one instance. DRAINING and STOPPING are entered on the planner's word, STOPPING also when it ends by itself."""
 
     STARTING = "starting"
     """Asked for; its process does not hold its port yet."""
@@ -102,6 +102,16 @@ class DeviceView:
     """0..1; None when not known."""
     temperature: float | None = None
     """Degrees Celsius; None when not known."""
+    power_w: float | None = None
+    """Watts drawn now; None when not known."""
+    processes: Mapping[int, Bytes | None] | None = None
+    """What each process on it holds, by pid; the size is None where the driver doesn't tell. None when they can't be listed."""
+    unified: bool = False
+    """Whether it has no memory of its own: then `total` and `free` are the machine's RAM, which `host` counts as well."""
+    slice_of: str = ""
+    """The card that this MIG slice is a part of, by UUID; a process can use only one slice."""
+    problem: str = ""
+    """What of it can't be read, and why; its memory is known all the same."""
 
     @property
     def used(self) -> Bytes:

@@ -33,6 +33,7 @@ class LayerShape:
     v_row: int = 0
     """0 where values are read out of the keys' cache (MLA)."""
     state: int = 0
+    """May be there beside rows, in blocks with both kinds of memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,10 @@ class ModelShape:
     """The output matrix; 0 when it is the token embedding again."""
     other: Bytes = Bytes(0)
     """Tensors that belong to no block, to neither embedding nor output."""
+    working_row: int = 0
+    """f32 elements for one token that the widest block has at hand at once; what compute buffers are made of."""
+    attention_row: int = 0
+    """The same within attention, but for its scores, which are there only without flash attention."""
     causal: bool = True
     """False for encoders, which keep no cache."""
     chat_template: bool = False

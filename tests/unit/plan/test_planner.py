@@ -111,7 +111,7 @@ def test_a_silent_busy_instance_is_given_five_minutes() -> None:
     assert Scene(spec("qwen", run=ALWAYS)).has(one, leases=1).plan().wake_at == NOW + 1
     one = view("qwen-1", 4, since=Instant(0), last_sign=Instant(NOW - 300))
     (stop,) = Scene(spec("qwen", run=ALWAYS)).has(one, leases=1).plan().actions
-    assert stop.why == "no sign of life for 5 min with 1 requests"
+    assert stop.why == "no sign of life for 5 min while 1 request runs"
 
 
 def test_the_end_of_a_long_silent_prompt_does_not_make_it_hung() -> None:
@@ -218,7 +218,7 @@ def test_the_old_instance_goes_when_the_new_one_is_ready() -> None:
     scene = Scene(spec("qwen", run=ALWAYS)).has(view("qwen-1", 4, fingerprint="older"), leases=1).has(view("qwen-2", 4))
     (drain,) = scene.plan().actions
     assert isinstance(drain, DrainInstance)
-    assert drain.why == "its config changed; 1 requests run"
+    assert drain.why == "its config changed; 1 request runs"
 
 
 def test_the_old_instance_goes_first_where_there_is_no_room_for_both() -> None:
@@ -255,7 +255,7 @@ def test_a_new_instance_of_which_nothing_is_known_replaces_nobody() -> None:
 def test_a_model_that_the_config_no_longer_names_is_drained() -> None:
     scene = Scene(spec("other")).has(view("qwen-1", 4), leases=1)
     (drain,) = scene.plan().actions
-    assert drain.why == "the config no longer names its model; 1 requests run"
+    assert drain.why == "the config no longer names its model; 1 request runs"
 
 
 def test_fewer_replicas_keep_the_busy_one() -> None:
@@ -277,7 +277,7 @@ def test_a_drained_instance_is_stopped_when_its_last_request_ended() -> None:
 def test_at_the_drain_deadline_it_is_stopped_with_what_it_holds() -> None:
     one = view("qwen-1", 4, InstanceState.DRAINING, drain_deadline=NOW)
     (stop,) = Scene(spec("qwen")).has(one, leases=2).plan().actions
-    assert stop.why == "2 requests still run at the drain deadline"
+    assert stop.why == "2 requests run still, at the drain deadline"
 
 
 def test_an_exited_instance_is_forgotten() -> None:

@@ -67,7 +67,7 @@ def test_one_on_its_way_out_is_not_held_back() -> None:
 def test_a_replacement_is_not_idle_while_requests_run_on_its_predecessor() -> None:
     old, new = view("qwen-1", 4, InstanceState.DRAINING), view("qwen-2", 4)
     got = want(spec("qwen", idle_timeout=Seconds(5)), old, new, leases=1, used=900)
-    assert (got.count, got.why) == (1, "1 requests run")
+    assert (got.count, got.why) == (1, "1 request runs")
 
 
 def test_priority_comes_first_then_the_longest_wait() -> None:
