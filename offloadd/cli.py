@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -40,8 +39,6 @@ def run(
     config: Annotated[Path, typer.Option("--config", "-c", help="A config file, or a directory of them.")] = DEFAULT_CONFIG,
 ) -> None:
     """Run the daemon until SIGTERM. SIGHUP reloads the config, as does a change of its file."""
-    # Until it is handled, SIGHUP would end us, and systemd takes that for a clean end.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     journal.set_up()
     asyncio.run(serve(config, discover()))
 
@@ -73,7 +70,6 @@ def demo(
     port: Annotated[int, typer.Option(help="Port to listen on; taken from the free ones if it is in use.")] = 9000,
 ) -> None:
     """Serve a small real model with a real llama-server, and ask it something through the port."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     asyncio.run(run_demo(once=once, question=question, port=port))
 
 

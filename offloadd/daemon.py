@@ -99,14 +99,16 @@ class Daemon:
         )
 
     async def run(self, started: Callable[[Daemon], None]) -> None:
-        """Serve until told to stop."""
+        """Serve until told to stop, which may be while it starts."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
         await self._clear_strays()
         await self._look_ahead(self._store.applied.desired)
         self._store.follow(before=self._look_ahead, after=self._follow_config)
         async with self._serving(), asyncio.TaskGroup() as group:
             loops = (self._reconciler.run(), self._keep_fresh(), self._keep_logs(), self._store.watch())
             tasks = [group.create_task(loop) for loop in loops]
-            self._handle_signals(group)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
             started(self)
             await self._leaving.wait()
             await self._wind_down()
@@ -193,12 +195,6 @@ class Daemon:
         finally:
             await runner.cleanup()
             await gateway.close()
-
-    def _handle_signals(self, group: asyncio.TaskGroup) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
 
     async def _reload_by_signal(self) -> None:
         await self._store.reload("SIGHUP")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator
@@ -133,6 +134,8 @@ async def _serve_and_ask(console: Console, config: Path, listen: str, question: 
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         return serving.result()
+    # A daemon takes SIGHUP for "reload"; a demo ends with its terminal.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, listening.result().stop)
     console.print(f"[bold]listening[/]    http://{listen}\n")
     try:
         await _ask(console, f"http://{listen}", question)

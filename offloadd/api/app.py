@@ -98,6 +98,7 @@ def _middleware(allowed_hosts: Collection[str]) -> Any:
         try:
             check_host(request, allowed_hosts)
             check_site(request)
+            _check_length(request)
             response = await handler(request)
         except RequestError as error:
             response = web.json_response(error.body, status=error.status, headers=error.headers)
@@ -112,6 +113,12 @@ def _middleware(allowed_hosts: Collection[str]) -> Any:
         return response
 
     return around
+
+
+def _check_length(request: web.Request) -> None:
+    """Refuse a body that says of itself that it is too large before a byte of it is read."""
+    if request.content_length is not None and request.content_length > MAX_BODY:
+        raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY, actual_size=request.content_length)
 
 
 def _foreign(request: web.Request, error: web.HTTPException) -> web.Response:

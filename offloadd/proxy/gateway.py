@@ -163,7 +163,7 @@ class Gateway:
             async for chunk in response.content.iter_any():
                 lease.host.sign()
                 for payload in reader.feed(chunk):
-                    collector.add(msgspec.json.decode(payload))
+                    collector.add(sse.decode(payload))
         if collector.error is not None:
             return relay.Answer(500, CIMultiDict({"Content-Type": "application/json"}), msgspec.json.encode(collector.error))
         if not collector.complete:

@@ -68,10 +68,12 @@ async def until_revoked(lease: Lease, work: Coroutine[Any, Any, T]) -> T:
         return task.result()
     except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
         raise BackendLostError(lease, await _reason(lease, error)) from None
+    except sse.BrokenStreamError as error:
+        raise RequestError(502, "bad_answer", f"{lease.host.instance} sent what cannot be understood: {error}") from None
     finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        task.cancel()
+        # Also when it is done: if we are cancelled in the moment in which it fails, nobody else asks for its error.
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @asynccontextmanager

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import msgspec
 
 from offloadd.errors import RequestError
 from offloadd.state.desired import DesiredState, JsonValue, ModelSpec, RequestRules
+
+T = TypeVar("T")
 
 
 class Head(msgspec.Struct):
@@ -56,17 +58,21 @@ class Names:
 
 def read_head(body: bytes) -> Head:
     """Decode the routing fields; RequestError 400 says what is wrong with the body."""
+    return _decode(body, Head)
+
+
+def read_object(body: bytes) -> dict[str, JsonValue]:
+    """Decode a whole body; RequestError 400 as from `read_head`, which does not look into the fields that it skips."""
+    return cast(dict[str, JsonValue], _decode(body, dict))
+
+
+def _decode(body: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(body, type=Head)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise RequestError(400, "invalid_body", f"the request's body is not as expected: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(400, "invalid_json", f"the request's body is not JSON: {error}") from None
-
-
-def read_object(body: bytes) -> dict[str, JsonValue]:
-    """Decode a whole body, which must be an object; `read_head` has accepted it before."""
-    return cast(dict[str, JsonValue], msgspec.json.decode(body))
 
 
 def apply_rules(rules: RequestRules, body: bytes) -> bytes:

@@ -92,12 +92,12 @@ class ConfigStore:
         """Reload whenever the content changes, by event or by poll."""
         while True:
             folders = await asyncio.to_thread(watched_folders, self._path)
+            await self._look()  # at what changed while nothing was watched
             try:
                 await self._watch(folders)
             except (OSError, RuntimeError) as error:
                 # A folder went away in this moment, or the system has no watch left: looking now and then still works.
                 log.debug("cannot watch %s: %s", self._path, error)
-                await self._look()
                 await asyncio.sleep(POLL)
 
     async def _watch(self, folders: frozenset[Path]) -> None:

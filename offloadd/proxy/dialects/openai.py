@@ -13,7 +13,7 @@ Object = dict[str, Any]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-_PER_TOKEN = ("timings_per_token", "return_progress", "echo")
+_PER_TOKEN = ("timings_per_token", "return_progress", "echo", "verbose")
 _OBJECTS = {CHAT: "chat.completion", COMPLETIONS: "text_completion"}
 
 

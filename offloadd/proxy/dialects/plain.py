@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from offloadd.errors import RequestError
 from offloadd.proxy.dialects import sse
 from offloadd.proxy.dialects.openai import CHAT, COMPLETIONS
@@ -49,7 +47,7 @@ class PlainStream:
 
     def feed(self, chunk: bytes) -> bytes:
         """Events for the text that the chunk brings."""
-        return b"".join(self._piece(msgspec.json.decode(payload)) for payload in self._reader.feed(chunk))
+        return b"".join(self._piece(sse.decode(payload)) for payload in self._reader.feed(chunk))
 
     def end(self) -> bytes:
         """The closing events; nothing after an error."""

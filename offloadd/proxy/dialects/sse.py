@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -10,9 +11,21 @@ DONE = b"data: [DONE]\n\n"
 _MAX_EVENT = 8 * 2**20
 
 
+class BrokenStreamError(Exception):
+    """What an engine sent is not a stream of JSON events."""
+
+
 def event(payload: object) -> bytes:
     """One event with a JSON payload."""
     return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+
+
+def decode(payload: bytes) -> dict[str, Any]:
+    """The object that an event carries; BrokenStreamError when it is none."""
+    try:
+        return msgspec.json.decode(payload, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BrokenStreamError(f"an event is not a JSON object: {error}") from None
 
 
 class EventReader:
@@ -22,11 +35,11 @@ class EventReader:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Payloads of the events that `chunk` completes, `[DONE]` and comments left out; ValueError when one grows without end."""
+        """Payloads of the events that `chunk` completes, `[DONE]` and comments left out; BrokenStreamError when one has no end."""
         lines = (self._rest + chunk).split(b"\n")
         self._rest = lines.pop()
         if len(self._rest) > _MAX_EVENT:
-            raise ValueError(f"an event of more than {_MAX_EVENT} bytes")
+            raise BrokenStreamError(f"an event of more than {_MAX_EVENT} bytes")
         for line in lines:
             field, _, value = line.rstrip(b"\r").partition(b":")
             payload = value.strip()
