@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offloadd.plan.accounting import Ledger, open_accounts
+from offloadd.plan.placement import Room, Site
 from offloadd.state.actions import Action, Decision, DrainInstance, ForgetInstance, Plan, StartInstance, StopInstance, StopReason
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
@@ -29,6 +30,7 @@ class Draft:
         self.demand = demand
         self.now = now
         self.ledger = Ledger(open_accounts(observed.devices, observed.instances.values(), desired.budget))
+        self.site = Site(devices=observed.devices, accounts=self.ledger.accounts, blind=observed.blind)
         self.decisions: dict[ModelName, Decision] = {}
         self._actions: dict[InstanceId, Action] = {}
         self._wake_at: Instant | None = None
@@ -64,6 +66,10 @@ class Draft:
             if view.state not in LEAVING and isinstance(self.action(view), _SENDS_AWAY)
         ]
         return Bytes(self.ledger.accounts[device].releasing + sum(view.placement.reserved.get(device, 0) for view in sent))
+
+    def coming_room(self) -> Room:
+        """The room when all that is on its way out has left."""
+        return {device: Bytes(room + self.leaving(device)) for device, room in self.ledger.room.items()}
 
     def last_used(self, view: InstanceView) -> Instant:
         """When the instance's model was last wanted by a request; its start when that was never."""

@@ -1,53 +1,79 @@
-"""Who makes room: nobody, unless those chosen are proven to free enough."""
+"""Who makes room: nobody, unless what those chosen leave behind is proven to be enough."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from offloadd.plan.placement import NoRoom
+from offloadd.plan.placement import NoRoom, Room
 from offloadd.state.ids import InstanceId
+from offloadd.state.launch import Placement
 from offloadd.state.observed import InstanceView
-from offloadd.units import Instant
+from offloadd.units import Bytes, Instant, Seconds
+
+FORGETTING = Seconds(600)
+"""After this long without a request, the chance that the next one comes soon has fallen to a third."""
+UNKNOWN_RELOAD = Seconds(30)
+
+Try = Callable[[Room], Placement | NoRoom]
+"""Places the one who waits in a given room."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evictable:
-    """An instance that may be asked to leave. The order of the fields after `view` is the order of reluctance."""
+    """An instance that may be asked to leave."""
 
     view: InstanceView
     busy: bool
     priority: int
     last_used: Instant
+    idle: Seconds
 
     @property
-    def cost(self) -> tuple[bool, int, float, InstanceId]:
-        """Idle before busy, lower priority first, longest unused first."""
-        return (self.busy, self.priority, self.last_used, self.view.id)
+    def cost(self) -> tuple[bool, int, float, float, InstanceId]:
+        """Idle before busy, lower priority first, then the least time that its next user is likely to wait for a reload."""
+        view = self.view
+        reload = UNKNOWN_RELOAD if view.ready_at is None else view.ready_at - view.started_at
+        return (self.busy, self.priority, round(reload * math.exp(-self.idle / FORGETTING), 1), self.last_used, view.id)
 
 
-def choose_victims(short: NoRoom, candidates: Sequence[Evictable]) -> tuple[Evictable, ...]:
-    """The cheapest set that frees enough of `short.device`; empty when no set does."""
-    if short.device is None or short.never:
-        return ()
-    missing: int = short.missing
+@dataclass(frozen=True, slots=True)
+class Relief:
+    """Victims, and where the one who waits goes when they have left."""
+
+    victims: tuple[Evictable, ...]
+    placement: Placement
+
+
+def choose_victims(attempt: Try, room: Room, candidates: Sequence[Evictable]) -> Relief | None:
+    """The cheapest first until `attempt` finds a place, less those that turn out not to be needed; None when all are too few."""
     chosen: list[Evictable] = []
     for candidate in sorted(candidates, key=lambda c: c.cost):
-        if missing <= 0:
-            break
-        frees = candidate.view.placement.reserved.get(short.device, 0)
-        if frees:
-            chosen.append(candidate)
-            missing -= frees
-    return _without_spare(chosen, short, -missing) if missing <= 0 else ()
+        chosen.append(candidate)
+        found = attempt(freed(room, (c.view for c in chosen)))
+        if isinstance(found, Placement):
+            return _without_spare(attempt, room, chosen, found)
+    return None
 
 
-def _without_spare(chosen: Sequence[Evictable], short: NoRoom, spare: int) -> tuple[Evictable, ...]:
-    """Let go again, dearest first, those whose memory turned out not to be needed."""
+def freed(room: Room, views: Iterable[InstanceView]) -> Room:
+    """The room when these have left."""
+    result = dict(room)
+    for view in views:
+        for device, size in view.placement.reserved.items():
+            if device in result:
+                result[device] = Bytes(result[device] + size)
+    return result
+
+
+def _without_spare(attempt: Try, room: Room, chosen: Sequence[Evictable], found: Placement) -> Relief:
+    """Let go again, dearest first, those without whom it works too."""
     kept = list(chosen)
+    placement = found
     for candidate in reversed(chosen):
-        frees = candidate.view.placement.reserved.get(short.device, 0) if short.device else 0
-        if frees <= spare and len(kept) > 1:
-            kept.remove(candidate)
-            spare -= frees
-    return tuple(kept)
+        fewer = [c for c in kept if c is not candidate]
+        answer = attempt(freed(room, (c.view for c in fewer)))
+        if isinstance(answer, Placement):
+            kept, placement = fewer, answer
+    return Relief(tuple(kept), placement)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from offloadd.plan.draft import Draft, requests_run
 from offloadd.plan.eviction import Evictable
-from offloadd.plan.placement import NoRoom
 from offloadd.plan.restart import RestartVerdict
+from offloadd.plan.room import Making
 from offloadd.plan.wants import Want
 from offloadd.state.actions import Decision, ModelState, StopInstance
 from offloadd.state.observed import InstanceState, InstanceView
@@ -86,18 +86,18 @@ def give_up_sentence(verdict: RestartVerdict) -> str:
     return f"{cause}; given up after {verdict.failures} failures in a row, until its config or its file changes"
 
 
-def short_sentence(draft: Draft, short: NoRoom, victims: Sequence[Evictable] = (), own: Sequence[InstanceView] = ()) -> str:
+def short_sentence(draft: Draft, making: Making, own: Sequence[InstanceView]) -> str:
     """Why a model waits for memory, and what is being done about it: who makes room, its `own` old instances among them."""
-    text = f"waits: {short.sentence}"
-    if short.device is None:
+    answer = making.short.answer
+    text = f"waits: {answer.sentence}"
+    if answer.device is None:
         return text
-    named = [f"{view.id} (its config changed)" for view in own]
-    named += [f"{v.view.id} ({_use(draft, v)})" for v in victims]
+    named = [f"{view.id} (its config changed)" for view in own if making.own_leave]
+    named += [f"{v.view.id} ({_use(draft, v)})" for v in making.victims]
     if named:
         return f"{text}; making room with {', '.join(named)}"
-    leaving = draft.leaving(short.device)
-    if leaving and short.need <= short.room + leaving:
-        return f"{text}, {format_bytes(leaving)} being released"
+    if making.coming:
+        return f"{text}, {format_bytes(draft.leaving(answer.device))} being released"
     return f"{text}, and nothing may be evicted for it now"
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from offloadd.plan.draft import Draft
-from offloadd.plan.eviction import Evictable, choose_victims
-from offloadd.plan.placement import NoRoom, place
+from offloadd.plan.placement import place
 from offloadd.plan.restart import RestartVerdict, next_restart
+from offloadd.plan.room import Short, make_room
 from offloadd.plan.sentences import describe, give_up_sentence, short_sentence
 from offloadd.plan.wants import Want
 from offloadd.state.actions import ModelState, StartInstance, StopInstance, StopReason
-from offloadd.state.desired import ModelSpec, RunMode
-from offloadd.state.ids import BackendName, DeviceId
+from offloadd.state.desired import ModelSpec
+from offloadd.state.ids import BackendName
 from offloadd.state.launch import Candidate, Placement, VramEstimate
-from offloadd.state.observed import LEAVING, SETTLING, InstanceState, InstanceView
-from offloadd.units import Bytes, Instant, Seconds, format_seconds
+from offloadd.state.observed import LEAVING, InstanceState, InstanceView
+from offloadd.units import Instant, format_seconds
 
-FAIR_WAIT = Seconds(10)
-"""A request that has waited this long may have busy instances drained for it; before, only idle ones leave."""
 _HOPE = (ModelState.STARTING, ModelState.STOPPING, ModelState.BACKOFF, ModelState.FAILED)
 
 
@@ -175,88 +173,29 @@ def _start_one(
     draft: Draft, want: Want, offers: Sequence[tuple[Candidate, VramEstimate]], outcome: Outcome
 ) -> StartInstance | None:
     """Start with the first engine that has room; else make room for the first that can have it; else say what is short."""
-    shortages: list[tuple[Candidate, NoRoom]] = []
+    shortages: list[Short] = []
     for candidate, need in offers:
-        answer = place(need, draft.ledger.room, draft.ledger.accounts)
+        answer = place(need, want.spec, draft.ledger.room, draft.site)
         if isinstance(answer, Placement):
             action = StartInstance(
                 instance=draft.next_id(want.spec.name), spec=want.spec, candidate=candidate, placement=answer, why=want.why
             )
             draft.start(action)
             return action
-        shortages.append((candidate, answer))
+        shortages.append(Short(need, answer))
         outcome.engines[candidate.backend] = answer.sentence
-    _make_room(draft, want, [short for _, short in shortages], outcome)
+    _ask_for_room(draft, want, shortages, outcome)
     return None
 
 
-def _make_room(draft: Draft, want: Want, shortages: Sequence[NoRoom], outcome: Outcome) -> None:
-    possible = [short for short in shortages if not short.never]
+def _ask_for_room(draft: Draft, want: Want, shortages: Sequence[Short], outcome: Outcome) -> None:
+    possible = [short for short in shortages if not short.answer.never]
     if not possible:
         if outcome.state is None:
-            outcome.state, outcome.sentence = ModelState.FAILED, shortages[0].sentence
+            outcome.state, outcome.sentence = ModelState.FAILED, shortages[0].answer.sentence
             outcome.hint = "raise the budget, or lower context, parallel or the model's size"
         return
-    rivals, (_, own) = _rivals(draft, want), _present(draft, want.spec)
-    attainable = [short for short in possible if _is_attainable(draft, short, [*rivals, *own])]
-    short = attainable[0] if attainable else possible[0]
-    outcome.state, outcome.retry_at = ModelState.WAITING, None
-    if short.device is None or not attainable:
-        outcome.sentence = short_sentence(draft, short)
-        return
-    coming = replace(short, room=Bytes(short.room + draft.leaving(short.device)))
-    without_own = replace(coming, room=Bytes(coming.room + _held(own, short.device)))
-    victims = choose_victims(without_own, _evictable(draft, want, rivals)) if without_own.missing else ()
-    outcome.in_the_way = coming.missing > 0 and (bool(victims) or not without_own.missing)
-    outcome.sentence = short_sentence(draft, short, victims, own if outcome.in_the_way else ())
-    for victim in victims:
-        draft.retire(victim.view, StopReason.EVICTED, f"to make room for {want.spec.name} ({want.why})")
-    # Held even while nobody can leave yet, so that smaller models that come later don't eat the room as it appears.
-    draft.ledger.claim(Placement(reserved={short.device: short.need}))
-
-
-def _is_attainable(draft: Draft, short: NoRoom, going: Sequence[InstanceView]) -> bool:
-    """Whether it fits once all that leaves, and all that can be made to leave, has left."""
-    return short.device is not None and short.need <= short.room + draft.leaving(short.device) + _held(going, short.device)
-
-
-def _held(views: Sequence[InstanceView], device: DeviceId) -> int:
-    return sum(view.placement.reserved.get(device, 0) for view in views)
-
-
-def _rivals(draft: Draft, want: Want) -> list[InstanceView]:
-    """Instances that may leave for `want` sooner or later."""
-    if not want.urgent:
-        return []
-    return [
-        view
-        for view in draft.observed.instances.values()
-        if view.state not in LEAVING and not draft.acted_on(view) and _may_leave(draft, draft.spec_of(view), want)
-    ]
-
-
-def _evictable(draft: Draft, want: Want, rivals: Sequence[InstanceView]) -> list[Evictable]:
-    """The rivals that may leave now: the idle ones, and after a fair wait the busy ones; never one that is still loading."""
-    patient = want.since > draft.now - FAIR_WAIT
-    if patient:
-        draft.wake(Instant(want.since + FAIR_WAIT))
-    return [
-        Evictable(
-            view=view,
-            busy=bool(draft.leases(view)),
-            priority=draft.spec_of(view).priority,
-            last_used=draft.last_used(view),
-        )
-        for view in rivals
-        if view.state not in SETTLING and not (patient and draft.leases(view))
-    ]
-
-
-def _may_leave(draft: Draft, spec: ModelSpec, want: Want) -> bool:
-    """Unpinned, of no higher priority, and not itself waited for longer."""
-    if spec.name == want.spec.name or spec.pinned or spec.priority > want.spec.priority:
-        return False
-    if spec.run is RunMode.ALWAYS:
-        return spec.priority < want.spec.priority
-    rival = draft.demand.waiting.get(spec.name)
-    return rival is None or spec.priority < want.spec.priority or rival.oldest > want.since
+    _, own = _present(draft, want.spec)
+    making = make_room(draft, want, possible, own)
+    outcome.state, outcome.retry_at, outcome.in_the_way = ModelState.WAITING, None, making.own_leave
+    outcome.sentence = short_sentence(draft, making, own)

@@ -9,6 +9,8 @@ from offloadd.units import Instant, Seconds, format_seconds
 
 IDLE_SILENCE = Seconds(30)
 """An idle instance whose working loop has not answered for this long is hung."""
+RELEASE_TIME = Seconds(10)
+"""How long an ended instance's memory may take to be shown as free."""
 BUSY_SILENCE = Seconds(300)
 """One with requests may be silent for longer: a long prompt on a slow machine holds the loop for minutes."""
 
@@ -17,13 +19,25 @@ def tend(draft: Draft) -> None:
     """Forget, stop or watch every instance that needs it."""
     for view in draft.observed.instances.values():
         if view.state is InstanceState.EXITED:
-            draft.forget(view)
+            _await_release(draft, view)
         elif view.state is InstanceState.DRAINING:
             _finish_drain(draft, view)
         elif view.state in SETTLING:
             _check_start(draft, view)
         elif view.state is InstanceState.READY:
             _check_signs(draft, view)
+
+
+def _await_release(draft: Draft, view: InstanceView) -> None:
+    """Keep its promise on the books until the devices show the memory free, or until it is plain that they will not.
+
+    What is still missing then counts as somebody else's: it lowers what is free, and so is not promised again either.
+    """
+    deadline = Instant(view.since + RELEASE_TIME)
+    if not any(view.unreleased.values()) or draft.now >= deadline:
+        draft.forget(view)
+    else:
+        draft.wake(deadline)
 
 
 def _finish_drain(draft: Draft, view: InstanceView) -> None:

@@ -27,9 +27,15 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The memory given to an instance, by device."""
+    """The memory given to an instance, by device.
+
+    `gpus` hold its layers, in the order in which the engine is to see them; none means that it runs on the CPU. `split` says how many
+    layers each of them holds, the output layer counted; empty when they hold all of them and no division is asked for.
+    """
 
     reserved: Mapping[DeviceId, Bytes]
+    gpus: tuple[DeviceId, ...] = ()
+    split: tuple[int, ...] = ()
 
     @property
     def total(self) -> Bytes:

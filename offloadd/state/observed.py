@@ -52,6 +52,8 @@ class InstanceView:
     endpoint: Endpoint | None = None
     measured: Mapping[DeviceId, Bytes] = field(default_factory=dict)
     """Memory that its processes really hold, by device; a device that is absent was not read."""
+    unreleased: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    """After its exit: what devices do not show as free again yet."""
     peak: Mapping[DeviceId, Bytes] = field(default_factory=dict)
     """The most that was ever measured of it."""
 
@@ -143,3 +145,5 @@ class ObservedState:
     """Ends of instances, oldest first, bounded."""
     launches: Mapping[ModelName, int] = field(default_factory=dict)
     """Highest instance number ever used, per model."""
+    blind: str = ""
+    """Why GPUs that are there cannot be read now; empty when all that are known were read."""

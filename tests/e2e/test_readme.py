@@ -95,7 +95,9 @@ def run(command: str, expected: str, place: Place, background: list[subprocess.P
         return
     if command.endswith("&"):
         with (place.folder / "log").open("wb") as log:
-            background.append(subprocess.Popen(command.rstrip("& ").split(), cwd=place.folder, env=place.env, stderr=log, stdout=log))
+            background.append(
+                subprocess.Popen(command.rstrip("& ").split(), cwd=place.folder, env=place.env, stderr=log, stdout=log)
+            )
         return
     result = subprocess.run(
         command, shell=True, cwd=place.folder, env=place.env, capture_output=True, text=True, timeout=DEADLINE_S, check=False

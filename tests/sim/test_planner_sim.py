@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from offloadd.plan.settle import FAIR_WAIT
+from offloadd.plan.room import FAIR_WAIT
 from offloadd.state.actions import ModelState
 from offloadd.state.desired import DesiredState, Replicas, RestartPolicy, RunMode
 from offloadd.state.ids import ModelName
@@ -170,7 +170,7 @@ def test_a_long_run_of_one_seed_keeps_every_property() -> None:
         print(f"seed {seed}")  # shown when it fails: Driver(seed).run(20_000) repeats it
         driver = Driver(seed)
         driver.run(20_000, replan_every=40)
-        assert driver.world.ended.get("done", 0) > 1000
+        assert driver.world.ended.get("done", 0) > 800  # the run did not spend itself on refusals
 
 
 @pytest.mark.parametrize("seed", SEEDS)

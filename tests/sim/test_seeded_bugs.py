@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 
-from offloadd.plan import accounting, draft, settle
+from offloadd.plan import accounting, draft, room, settle
+from offloadd.plan.eviction import Evictable, Relief, choose_victims
 from offloadd.plan.restart import next_restart
 from offloadd.state.observed import LEAVING
 from tests.sim import properties
@@ -47,18 +48,19 @@ def permanent_failures_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def freed_room_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = settle._make_room
+    real = room.make_room
 
-    def no_hold(made: draft.Draft, *rest: object) -> None:
+    def no_hold(made: draft.Draft, *rest: object) -> object:
         before = dict(made.ledger.room)
-        real(made, *rest)  # type: ignore[arg-type]
+        answer = real(made, *rest)  # type: ignore[arg-type]
         made.ledger.room = before
+        return answer
 
-    monkeypatch.setattr(settle, "_make_room", no_hold)
+    monkeypatch.setattr(settle, "make_room", no_hold)
 
 
 def pins_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settle, "_may_leave", lambda made, spec, want: spec.name != want.spec.name)
+    monkeypatch.setattr(room, "_may_leave", lambda made, spec, want: spec.name != want.spec.name)
 
 
 def surplus_is_counted_without_knowing_what_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +68,8 @@ def surplus_is_counted_without_knowing_what_is_stale(monkeypatch: pytest.MonkeyP
 
 
 def everyone_may_evict(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = settle._rivals
-    monkeypatch.setattr(settle, "_rivals", lambda made, want: real(made, replace(want, urgent=True)))
+    real = room._rivals
+    monkeypatch.setattr(room, "_rivals", lambda made, want: real(made, replace(want, urgent=True)))
 
 
 def wakes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +77,11 @@ def wakes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def victims_are_taken_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settle, "choose_victims", lambda short, candidates: candidates[:1])
+    def first(attempt: room._Attempt, there: object, candidates: Sequence[Evictable]) -> Relief | None:
+        answer = choose_victims(attempt, there, candidates)  # type: ignore[arg-type]
+        return answer and Relief(tuple(candidates[:1]), answer.placement)
+
+    monkeypatch.setattr(room, "choose_victims", first)
 
 
 BUGS: dict[Callable[[pytest.MonkeyPatch], None], str] = {

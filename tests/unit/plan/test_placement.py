@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from offloadd.plan.placement import NoRoom, place
+from dataclasses import replace
+
+import pytest
+
+from offloadd.plan.placement import NoRoom, Site, place
 from offloadd.state.actions import DeviceAccount
+from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId
 from offloadd.state.launch import Placement, VramEstimate
+from offloadd.state.observed import DeviceKind, DeviceView
 from offloadd.units import Bytes
-from tests.unit.plan.build import gib
+from tests.unit.plan.build import gib, spec
 
-ONE, TWO = DeviceId(LOCAL, "gpu0"), DeviceId(LOCAL, "gpu1")
+ONE, TWO, THREE = (DeviceId(LOCAL, f"GPU-{letter}") for letter in "abc")
 ZERO = Bytes(0)
 
 
-def place_in(size: float, rooms: dict[DeviceId, float], limit: float = 12.0) -> Placement | NoRoom:
-    accounts = {
-        device: DeviceAccount(
+def site(rooms: dict[DeviceId, float], limit: float = 12.0, blind: str = "") -> Site:
+    devices = {}
+    accounts = {}
+    for index, (device, room) in enumerate(rooms.items()):
+        kind = DeviceKind.HOST if device == HOST_RAM else DeviceKind.NVIDIA
+        devices[device] = DeviceView(id=device, kind=kind, name=device.name, index=index, total=gib(limit), free=gib(room))
+        accounts[device] = DeviceAccount(
             device=device, limit=gib(limit), reserved=ZERO, untaken=ZERO, releasing=ZERO, free=gib(room), room=gib(room)
         )
-        for device, room in rooms.items()
-    }
-    return place(VramEstimate(total=gib(size), basis="given"), {device: gib(room) for device, room in rooms.items()}, accounts)
+    return Site(devices=devices, accounts=accounts, blind=blind)
+
+
+def layered(layers: int, each: float, fixed: float = 0.5, host: float = 0.0) -> VramEstimate:
+    total = layers * gib(each) + gib(fixed)
+    return VramEstimate(total=Bytes(total), basis="given", layers=(gib(each),) * layers, fixed=gib(fixed), host=gib(host))
+
+
+def place_in(
+    need: VramEstimate | float, rooms: dict[DeviceId, float], one: ModelSpec | None = None, limit: float = 12.0, blind: str = ""
+) -> Placement | NoRoom:
+    estimate = need if isinstance(need, VramEstimate) else VramEstimate(total=gib(need), basis="given")
+    return place(estimate, one or spec("m"), {device: gib(room) for device, room in rooms.items()}, site(rooms, limit, blind))
 
 
 def sentence(answer: Placement | NoRoom) -> str:
@@ -29,15 +49,75 @@ def sentence(answer: Placement | NoRoom) -> str:
 
 
 def test_it_goes_where_the_least_room_is_left() -> None:
-    assert place_in(3, {ONE: 8, TWO: 4}) == Placement(reserved={TWO: gib(3)})
+    assert place_in(3, {ONE: 8, TWO: 4}) == Placement(reserved={TWO: gib(3)}, gpus=(TWO,))
 
 
 def test_equal_devices_go_by_name() -> None:
-    assert place_in(3, {TWO: 4, ONE: 4}) == Placement(reserved={ONE: gib(3)})
+    assert place_in(3, {TWO: 4, ONE: 4}) == Placement(reserved={ONE: gib(3)}, gpus=(ONE,))
+
+
+def test_where_there_is_a_gpu_the_cpu_is_not_taken() -> None:
+    assert sentence(place_in(3, {ONE: 2, HOST_RAM: 60})) == "needs 3.0 GiB on gpu0, 2.0 GiB free"
+
+
+def test_the_cpu_is_taken_where_the_config_asks_for_it() -> None:
+    for one in (spec("m", devices="cpu"), spec("m", gpu_layers=0)):
+        assert place_in(3, {ONE: 8, HOST_RAM: 60}, one) == Placement(reserved={HOST_RAM: gib(3)})
+
+
+def test_on_the_cpu_the_need_may_be_another_one() -> None:
+    need = replace(layered(4, 1), on_host=gib(4))
+    assert place_in(need, {HOST_RAM: 4.2}) == Placement(reserved={HOST_RAM: gib(4)})
 
 
 def test_it_may_fill_the_room_to_the_last_byte() -> None:
     assert place_in(4, {HOST_RAM: 4}) == Placement(reserved={HOST_RAM: gib(4)})
+
+
+def test_ram_beside_the_gpu_is_reserved_too() -> None:
+    need = layered(4, 1, host=2)
+    assert place_in(need, {ONE: 8, HOST_RAM: 3}) == Placement(reserved={ONE: gib(4.5), HOST_RAM: gib(2)}, gpus=(ONE,))
+    assert isinstance(place_in(need, {ONE: 8, HOST_RAM: 1}), NoRoom)
+
+
+def test_a_model_too_large_for_one_is_divided_over_as_few_as_will_do() -> None:
+    answer = place_in(layered(16, 1), {ONE: 11, TWO: 11, THREE: 11})
+    assert answer == Placement(reserved={ONE: gib(8.5), TWO: gib(8.5)}, gpus=(ONE, TWO), split=(8, 8))
+
+
+def test_a_division_follows_the_room_of_each() -> None:
+    answer = place_in(layered(12, 1), {ONE: 10.5, TWO: 4.5})
+    assert isinstance(answer, Placement)
+    assert sum(answer.split) == 12
+    assert answer.reserved[TWO] <= gib(4.5)
+    assert answer.split[0] > answer.split[1]
+
+
+def test_a_division_pays_the_fixed_cost_on_every_device() -> None:
+    assert isinstance(place_in(layered(16, 1, fixed=3), {ONE: 11, TWO: 10.5}), NoRoom)
+
+
+def test_devices_named_by_the_config_are_all_used() -> None:
+    answer = place_in(layered(4, 1), {ONE: 11, TWO: 11, THREE: 11}, spec("m", devices=("2", "GPU-a")))
+    assert answer == Placement(reserved={THREE: gib(2.5), ONE: gib(2.5)}, gpus=(THREE, ONE), split=(2, 2))
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    assert sentence(place_in(1, {ONE: 8}, spec("m", devices=("7",)))) == "needs 1.0 GiB, and there is no device 7"
+
+
+def test_partial_offload_takes_as_many_layers_as_fit_and_the_cpu_the_rest() -> None:
+    answer = place_in(layered(10, 1), {ONE: 4, HOST_RAM: 20}, spec("m", partial=True))
+    assert answer == Placement(reserved={ONE: gib(3.5), HOST_RAM: gib(7)}, gpus=(ONE,), split=(3,))
+
+
+def test_without_leave_for_it_nothing_is_left_on_the_cpu() -> None:
+    assert isinstance(place_in(layered(10, 1), {ONE: 4, HOST_RAM: 20}), NoRoom)
+
+
+def test_a_number_of_layers_given_by_the_config_is_kept() -> None:
+    answer = place_in(layered(10, 1), {ONE: 11, HOST_RAM: 20}, spec("m", gpu_layers=4))
+    assert answer == Placement(reserved={ONE: gib(4.5), HOST_RAM: gib(6)}, gpus=(ONE,), split=(4,))
 
 
 def test_what_is_short_is_said_with_numbers() -> None:
@@ -45,22 +125,33 @@ def test_what_is_short_is_said_with_numbers() -> None:
     assert sentence(answer) == "needs 9.1 GiB on host, 6.0 GiB free"
     assert isinstance(answer, NoRoom)
     assert not answer.never
-    assert answer.missing == gib(9.1) - gib(6)
 
 
 def test_overdrawn_room_reads_as_none() -> None:
     assert sentence(place_in(9.1, {HOST_RAM: -2})) == "needs 9.1 GiB on host, 0 B free"
 
 
-def test_what_exceeds_the_limit_never_fits() -> None:
-    answer = place_in(13, {HOST_RAM: 12})
+@pytest.mark.parametrize(("device", "label"), [(HOST_RAM, "host"), (ONE, "gpu0")])
+def test_what_exceeds_the_limit_never_fits(device: DeviceId, label: str) -> None:
+    answer = place_in(13, {device: 12})
     assert isinstance(answer, NoRoom)
     assert answer.never
-    assert answer.sentence == "needs 13.0 GiB on host, more than its limit of 12.0 GiB"
+    assert answer.sentence == f"needs 13.0 GiB on {label}, more than its limit of 12.0 GiB"
+
+
+def test_what_two_could_hold_together_is_not_never() -> None:
+    answer = place_in(layered(16, 1), {ONE: 2, TWO: 2})
+    assert isinstance(answer, NoRoom)
+    assert not answer.never
 
 
 def test_without_a_reading_nothing_is_known_to_be_short() -> None:
     answer = place_in(1, {})
     assert isinstance(answer, NoRoom)
     assert not answer.never
-    assert answer.sentence == "needs 1.0 GiB, and no device's memory could be read"
+    assert answer.sentence == "needs 1.0 GiB, and no device could be read"
+
+
+def test_a_gpu_that_cannot_be_read_sends_nobody_to_the_cpu() -> None:
+    answer = place_in(1, {HOST_RAM: 60}, blind="the NVIDIA driver does not answer")
+    assert sentence(answer) == "needs 1.0 GiB, and the NVIDIA driver does not answer"

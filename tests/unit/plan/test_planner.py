@@ -202,7 +202,7 @@ def test_without_a_reading_of_memory_nothing_starts_and_nothing_stops() -> None:
     scene = crowded().has(view("old-1", 8, fingerprint="older"), idle_for=41).wait("new", ago=100)
     scene.blind = True
     assert scene.does() == []
-    assert scene.says("new") == "waiting: waits: needs 8.0 GiB, and no device's memory could be read"
+    assert scene.says("new") == "waiting: waits: needs 8.0 GiB, and no device could be read"
 
 
 # Config changes
