@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from offloadd.plan.accounting import Ledger, open_accounts
+from offloadd.plan.accounting import Ledger, open_accounts, pool
+from offloadd.plan.eviction import freed
 from offloadd.plan.placement import Room, Site
-from offloadd.state.actions import Action, Decision, DrainInstance, ForgetInstance, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.actions import (
+    Action,
+    Decision,
+    DrainInstance,
+    ForgetInstance,
+    GrantLoan,
+    Plan,
+    StartInstance,
+    StopInstance,
+    StopReason,
+)
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import LOCAL, DeviceId, InstanceId, ModelName
@@ -29,9 +40,12 @@ class Draft:
         self.observed = observed
         self.demand = demand
         self.now = now
-        self.ledger = Ledger(open_accounts(observed.devices, observed.instances.values(), desired.budget))
+        books = open_accounts(observed.devices, observed.instances.values(), demand.loans.values(), desired.budget)
+        self.ledger = Ledger(books, observed.devices)
         self.site = Site(devices=observed.devices, accounts=self.ledger.accounts, blind=observed.blind)
         self.decisions: dict[ModelName, Decision] = {}
+        self.loans: dict[str, str] = {}
+        self._grants: list[GrantLoan] = []
         self._actions: dict[InstanceId, Action] = {}
         self._wake_at: Instant | None = None
         self._by_model: dict[ModelName, list[InstanceView]] = {}
@@ -65,11 +79,14 @@ class Draft:
             for view in self.observed.instances.values()
             if view.state not in LEAVING and isinstance(self.action(view), _SENDS_AWAY)
         ]
-        return Bytes(self.ledger.accounts[device].releasing + sum(view.placement.reserved.get(device, 0) for view in sent))
+        same = pool(device, self.observed.devices)
+        going = sum(view.placement.reserved.get(each, 0) for view in sent for each in same)
+        return Bytes(self.ledger.accounts[device].releasing + going)
 
-    def coming_room(self) -> Room:
-        """The room when all that is on its way out has left."""
-        return {device: Bytes(room + self.leaving(device)) for device, room in self.ledger.room.items()}
+    def room_after(self, views: Iterable[InstanceView]) -> Room:
+        """The room when these have left too, beside all that is on its way out."""
+        coming = {device: Bytes(room + self.leaving(device)) for device, room in self.ledger.room.items()}
+        return freed(coming, views, self.observed.devices)
 
     def last_used(self, view: InstanceView) -> Instant:
         """When the instance's model was last wanted by a request; its start when that was never."""
@@ -87,7 +104,12 @@ class Draft:
     def start(self, action: StartInstance) -> None:
         """Launch an instance, and take its memory out of the room."""
         self._actions[action.instance] = action
-        self.ledger.claim(action.placement)
+        self.ledger.claim(action.placement.reserved)
+
+    def grant(self, action: GrantLoan) -> None:
+        """Lend memory, and take it out of the room."""
+        self._grants.append(action)
+        self.ledger.claim(action.reserved)
 
     def next_id(self, model: ModelName) -> InstanceId:
         """The number after the highest that the model ever had, this plan's starts counted."""
@@ -122,7 +144,8 @@ class Draft:
     def finish(self) -> Plan:
         """The plan, in an order that depends on nothing but its content."""
         return Plan(
-            actions=tuple(self._actions[key] for key in sorted(self._actions)),
+            actions=(*(self._actions[key] for key in sorted(self._actions)), *self._grants),
+            loans=dict(sorted(self.loans.items())),
             decisions={name: self.decisions[name] for name in sorted(self.decisions)},
             accounts=dict(self.ledger.accounts),
             wake_at=self._wake_at,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from offloadd.plan.accounting import pool
 from offloadd.plan.placement import NoRoom, Room
-from offloadd.state.ids import InstanceId
+from offloadd.state.ids import DeviceId, InstanceId
 from offloadd.state.launch import Placement
-from offloadd.state.observed import InstanceView
+from offloadd.state.observed import DeviceView, InstanceView
 from offloadd.units import Bytes, Instant, Seconds
 
 FORGETTING = Seconds(600)
 """After this long without a request, the chance that the next one comes soon has fallen to a third."""
 UNKNOWN_RELOAD = Seconds(30)
 
+Devices = Mapping[DeviceId, DeviceView]
 Try = Callable[[Room], Placement | NoRoom]
 """Places the one who waits in a given room."""
 
@@ -46,34 +48,35 @@ class Relief:
     placement: Placement
 
 
-def choose_victims(attempt: Try, room: Room, candidates: Sequence[Evictable]) -> Relief | None:
+def choose_victims(attempt: Try, room: Room, candidates: Sequence[Evictable], devices: Devices) -> Relief | None:
     """The cheapest first until `attempt` finds a place, less those that turn out not to be needed; None when all are too few."""
     chosen: list[Evictable] = []
     for candidate in sorted(candidates, key=lambda c: c.cost):
         chosen.append(candidate)
-        found = attempt(freed(room, (c.view for c in chosen)))
+        found = attempt(freed(room, (c.view for c in chosen), devices))
         if isinstance(found, Placement):
-            return _without_spare(attempt, room, chosen, found)
+            return _without_spare(attempt, room, chosen, found, devices)
     return None
 
 
-def freed(room: Room, views: Iterable[InstanceView]) -> Room:
+def freed(room: Room, views: Iterable[InstanceView], devices: Devices) -> Room:
     """The room when these have left."""
     result = dict(room)
     for view in views:
         for device, size in view.placement.reserved.items():
-            if device in result:
-                result[device] = Bytes(result[device] + size)
+            for each in pool(device, devices):
+                if each in result:
+                    result[each] = Bytes(result[each] + size)
     return result
 
 
-def _without_spare(attempt: Try, room: Room, chosen: Sequence[Evictable], found: Placement) -> Relief:
+def _without_spare(attempt: Try, room: Room, chosen: Sequence[Evictable], found: Placement, devices: Devices) -> Relief:
     """Let go again, dearest first, those without whom it works too."""
     kept = list(chosen)
     placement = found
     for candidate in reversed(chosen):
         fewer = [c for c in kept if c is not candidate]
-        answer = attempt(freed(room, (c.view for c in fewer)))
+        answer = attempt(freed(room, (c.view for c in fewer), devices))
         if isinstance(answer, Placement):
             kept, placement = fewer, answer
     return Relief(tuple(kept), placement)

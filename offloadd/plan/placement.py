@@ -73,7 +73,7 @@ def place(need: VramEstimate, spec: ModelSpec, room: Room, site: Site) -> Placem
         return NoRoom(need=need.total, why=gpus)
     if not gpus:
         return _on_host(need, room, site)
-    found = _on_gpus(need, spec, room, gpus)
+    found = _on_gpus(need, spec, room, gpus, site)
     return found or _short(need, spec, room, site, gpus)
 
 
@@ -106,7 +106,7 @@ def _on_host(need: VramEstimate, room: Room, site: Site) -> Placement | NoRoom:
     return NoRoom(need=size, device=HOST_RAM, label=site.label(HOST_RAM), room=free, limit=limit, never=size > limit)
 
 
-def _on_gpus(need: VramEstimate, spec: ModelSpec, room: Room, gpus: Sequence[DeviceId]) -> Placement | None:
+def _on_gpus(need: VramEstimate, spec: ModelSpec, room: Room, gpus: Sequence[DeviceId], site: Site) -> Placement | None:
     """The first of the ways that fits, from the simplest to the most divided."""
     if isinstance(spec.gpu_layers, int) and need.layers:
         return _last_layers(need, min(spec.gpu_layers, len(need.layers)), room, gpus)
@@ -114,11 +114,16 @@ def _on_gpus(need: VramEstimate, spec: ModelSpec, room: Room, gpus: Sequence[Dev
         single = _on_one(need, room, gpus)
         if single:
             return single
-    divided = _divided(need, room, gpus, exactly=spec.devices != "auto")
+    divided = _divided(need, room, _whole(gpus, site), exactly=spec.devices != "auto")
     if divided or not spec.partial or not need.layers:
         return divided
     counts = range(len(need.layers) - 1, 0, -1)
     return next((found for count in counts if (found := _last_layers(need, count, room, gpus))), None)
+
+
+def _whole(gpus: Sequence[DeviceId], site: Site) -> Sequence[DeviceId]:
+    """Those that are no slice of a card: a process can see only one slice."""
+    return [gpu for gpu in gpus if not site.devices[gpu].slice_of]
 
 
 def _on_one(need: VramEstimate, room: Room, gpus: Sequence[DeviceId]) -> Placement | None:
@@ -215,5 +220,5 @@ def _short(need: VramEstimate, spec: ModelSpec, room: Room, site: Site, gpus: Se
         label=site.label(nearest),
         room=room.get(nearest, Bytes(0)),
         limit=site.accounts[nearest].limit,
-        never=_on_gpus(need, spec, site.limits, gpus) is None,
+        never=_on_gpus(need, spec, site.limits, gpus, site) is None,
     )

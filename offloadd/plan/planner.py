@@ -7,6 +7,7 @@ plan. So any subset of a plan's actions, in any order, leaves a world that the n
 from __future__ import annotations
 
 from offloadd.plan.draft import Draft
+from offloadd.plan.loans import serve_loans
 from offloadd.plan.settle import let_go, settle
 from offloadd.plan.upkeep import tend
 from offloadd.plan.wants import wanted
@@ -27,6 +28,7 @@ def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now:
     # First for all of them, so that nobody is evicted for memory that is on its way back anyway.
     for want in wants:
         let_go(draft, want)
+    serve_loans(draft)
     for want in wants:
         settle(draft, want)
     return draft.finish()

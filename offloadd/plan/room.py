@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offloadd.plan.draft import Draft
-from offloadd.plan.eviction import Evictable, choose_victims, freed
-from offloadd.plan.placement import NoRoom, Room, place
+from offloadd.plan.eviction import Evictable, Try, choose_victims
+from offloadd.plan.placement import NoRoom, Room
 from offloadd.plan.wants import Want
 from offloadd.state.actions import StopReason
 from offloadd.state.desired import ModelSpec, RunMode
-from offloadd.state.launch import Placement, VramEstimate
+from offloadd.state.launch import Placement
 from offloadd.state.observed import LEAVING, SETTLING, InstanceView
 from offloadd.units import Instant, Seconds
 
@@ -23,11 +23,26 @@ LONGEST_STAY = Seconds(15)
 
 
 @dataclass(frozen=True, slots=True)
-class Short:
-    """A candidate's need that found no place now."""
+class Claimant:
+    """Who wants memory: what evictions say of it, since when it waits, and whose instances may leave for it."""
 
-    need: VramEstimate
+    name: str
+    why: str
+    since: Instant
+    beats: Callable[[ModelSpec], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Short:
+    """A need that found no place now, and how to try again in another room."""
+
     answer: NoRoom
+    attempt: Try
+
+    def fits(self, room: Room) -> Placement | None:
+        """Its place in this room, if there is one."""
+        found = self.attempt(room)
+        return found if isinstance(found, Placement) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,72 +57,49 @@ class Making:
     """It fits as soon as memory that is on its way back has arrived."""
 
 
-def make_room(draft: Draft, want: Want, shortages: Sequence[Short], own: Sequence[InstanceView]) -> Making:
+def make_room(draft: Draft, claimant: Claimant, shortages: Sequence[Short], own: Sequence[InstanceView] = ()) -> Making:
     """Do what can be done for the first of the shortages that can be met at all, and hold the memory for it.
 
-    Nobody is evicted for a need that would not be met even then.
+    Nobody is evicted for a need that would not be met even then. `own` are instances that leave for it without being victims.
     """
-    rivals = _rivals(draft, want)
+    rivals = [
+        view
+        for view in draft.observed.instances.values()
+        if view.state not in LEAVING and not draft.acted_on(view) and claimant.beats(draft.spec_of(view))
+    ]
     for short in shortages:
-        attempt = _Attempt(draft, want.spec, short.need)
-        if attempt.fits(freed(draft.coming_room(), [*rivals, *own])):
-            return _meet(draft, want, short, attempt, rivals, own)
+        if short.fits(draft.room_after([*rivals, *own])):
+            return _meet(draft, claimant, short, rivals, own)
     return Making(shortages[0])
 
 
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    draft: Draft
-    spec: ModelSpec
-    need: VramEstimate
-
-    def __call__(self, room: Room) -> Placement | NoRoom:
-        return place(self.need, self.spec, room, self.draft.site)
-
-    def fits(self, room: Room) -> Placement | None:
-        found = self(room)
-        return found if isinstance(found, Placement) else None
+def for_model(draft: Draft, want: Want) -> Claimant:
+    """A model's claim. Only one that requests wait for, or that is to run always, may have others leave."""
+    return Claimant(want.spec.name, want.why, want.since, lambda spec: want.urgent and _may_leave(draft, spec, want))
 
 
-def _meet(
-    draft: Draft, want: Want, short: Short, attempt: _Attempt, rivals: Sequence[InstanceView], own: Sequence[InstanceView]
-) -> Making:
-    coming = draft.coming_room()
-    if placement := attempt.fits(coming):
-        draft.ledger.claim(placement)
-        return Making(short, coming=True)
-    if placement := attempt.fits(freed(coming, own)):
-        draft.ledger.claim(placement)
-        return Making(short, own_leave=True)
-    relief = choose_victims(attempt, freed(coming, own), _evictable(draft, want, rivals))
+def _meet(draft: Draft, claimant: Claimant, short: Short, rivals: Sequence[InstanceView], own: Sequence[InstanceView]) -> Making:
+    for leaving, making in (([], Making(short, coming=True)), (own, Making(short, own_leave=True))):
+        if placement := short.fits(draft.room_after(leaving)):
+            draft.ledger.claim(placement.reserved)
+            return making
+    relief = choose_victims(short.attempt, draft.room_after(own), _evictable(draft, claimant, rivals), draft.observed.devices)
     if relief is not None:
         for victim in relief.victims:
-            draft.retire(victim.view, StopReason.EVICTED, f"to make room for {want.spec.name} ({want.why})")
-        draft.ledger.claim(relief.placement)
+            draft.retire(victim.view, StopReason.EVICTED, f"to make room for {claimant.name} ({claimant.why})")
+        draft.ledger.claim(relief.placement.reserved)
         return Making(short, relief.victims, own_leave=bool(own))
     # Held even while nobody can leave yet, so that smaller models that come later don't eat the room as it appears.
-    everything = attempt.fits(freed(coming, [*rivals, *own]))
-    if everything:
-        draft.ledger.claim(everything)
+    if placement := short.fits(draft.room_after([*rivals, *own])):
+        draft.ledger.claim(placement.reserved)
     return Making(short)
 
 
-def _rivals(draft: Draft, want: Want) -> list[InstanceView]:
-    """Instances that may leave for `want` sooner or later."""
-    if not want.urgent:
-        return []
-    return [
-        view
-        for view in draft.observed.instances.values()
-        if view.state not in LEAVING and not draft.acted_on(view) and _may_leave(draft, draft.spec_of(view), want)
-    ]
-
-
-def _evictable(draft: Draft, want: Want, rivals: Sequence[InstanceView]) -> list[Evictable]:
+def _evictable(draft: Draft, claimant: Claimant, rivals: Sequence[InstanceView]) -> list[Evictable]:
     """The rivals that may leave now: the idle ones, and after a fair wait the busy ones; never one that is still loading."""
-    patient = want.since > draft.now - FAIR_WAIT
+    patient = claimant.since > draft.now - FAIR_WAIT
     if patient:
-        draft.wake(Instant(want.since + FAIR_WAIT))
+        draft.wake(Instant(claimant.since + FAIR_WAIT))
     return [
         Evictable(
             view=view,

@@ -86,8 +86,8 @@ def give_up_sentence(verdict: RestartVerdict) -> str:
     return f"{cause}; given up after {verdict.failures} failures in a row, until its config or its file changes"
 
 
-def short_sentence(draft: Draft, making: Making, own: Sequence[InstanceView]) -> str:
-    """Why a model waits for memory, and what is being done about it: who makes room, its `own` old instances among them."""
+def short_sentence(draft: Draft, making: Making, own: Sequence[InstanceView] = ()) -> str:
+    """Why somebody waits for memory, and what is being done about it: who makes room, `own` old instances among them."""
     answer = making.short.answer
     text = f"waits: {answer.sentence}"
     if answer.device is None:

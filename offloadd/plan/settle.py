@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from offloadd.plan.draft import Draft
 from offloadd.plan.placement import place
 from offloadd.plan.restart import RestartVerdict, next_restart
-from offloadd.plan.room import Short, make_room
+from offloadd.plan.room import Short, for_model, make_room
 from offloadd.plan.sentences import describe, give_up_sentence, short_sentence
 from offloadd.plan.wants import Want
 from offloadd.state.actions import ModelState, StartInstance, StopInstance, StopReason
@@ -175,14 +176,15 @@ def _start_one(
     """Start with the first engine that has room; else make room for the first that can have it; else say what is short."""
     shortages: list[Short] = []
     for candidate, need in offers:
-        answer = place(need, want.spec, draft.ledger.room, draft.site)
+        attempt = partial(place, need, want.spec, site=draft.site)
+        answer = attempt(draft.ledger.room)
         if isinstance(answer, Placement):
             action = StartInstance(
                 instance=draft.next_id(want.spec.name), spec=want.spec, candidate=candidate, placement=answer, why=want.why
             )
             draft.start(action)
             return action
-        shortages.append(Short(need, answer))
+        shortages.append(Short(answer, attempt))
         outcome.engines[candidate.backend] = answer.sentence
     _ask_for_room(draft, want, shortages, outcome)
     return None
@@ -196,6 +198,6 @@ def _ask_for_room(draft: Draft, want: Want, shortages: Sequence[Short], outcome:
             outcome.hint = "raise the budget, or lower context, parallel or the model's size"
         return
     _, own = _present(draft, want.spec)
-    making = make_room(draft, want, possible, own)
+    making = make_room(draft, for_model(draft, want), possible, own)
     outcome.state, outcome.retry_at, outcome.in_the_way = ModelState.WAITING, None, making.own_leave
     outcome.sentence = short_sentence(draft, making, own)

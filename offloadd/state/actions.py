@@ -60,7 +60,15 @@ class ForgetInstance:
     instance: InstanceId
 
 
-Action = StartInstance | DrainInstance | StopInstance | ForgetInstance
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantLoan:
+    """Give a borrower the memory that it waits for."""
+
+    loan: str
+    reserved: Mapping[DeviceId, Bytes]
+
+
+Action = StartInstance | DrainInstance | StopInstance | ForgetInstance | GrantLoan
 
 
 class ModelState(StrEnum):
@@ -103,6 +111,8 @@ class DeviceAccount:
     """Promised and not yet allocated by the instances that hold the promise."""
     releasing: Bytes
     """Part of `reserved` that belongs to instances on their way out."""
+    lent: Bytes = Bytes(0)
+    """Part of `reserved` that people have borrowed."""
     free: Bytes
     room: Bytes
 
@@ -113,5 +123,7 @@ class Plan:
 
     actions: tuple[Action, ...] = ()
     decisions: Mapping[ModelName, Decision] = field(default_factory=dict)
+    loans: Mapping[str, str] = field(default_factory=dict)
+    """A sentence for each loan that is asked for or granted."""
     accounts: Mapping[DeviceId, DeviceAccount] = field(default_factory=dict)
     wake_at: Instant | None = None

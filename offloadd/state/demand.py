@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from offloadd.state.ids import InstanceId, ModelName
-from offloadd.units import Instant
+from offloadd.state.ids import DeviceId, InstanceId, ModelName
+from offloadd.units import Bytes, Instant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +18,24 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Loan:
+    """Memory that a person takes out of the budget for a program of their own, until they give it back."""
+
+    id: str
+    size: Bytes
+    device: str = "auto"
+    """A GPU by index or UUID, `host`, or `auto`: the GPU with the best fit, RAM where there is none."""
+    since: Instant
+    """When it was asked for."""
+    why: str = ""
+    """What it is for, in the borrower's words."""
+    granted: Mapping[DeviceId, Bytes] | None = None
+    """Where the memory lies; None while it is waited for."""
+    measured: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    """What the borrower's processes have taken of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """One reading of the LeaseBook. A model or instance that is absent has none."""
 
@@ -25,3 +43,4 @@ class Demand:
     leases: Mapping[InstanceId, int] = field(default_factory=dict)
     last_used: Mapping[ModelName, Instant] = field(default_factory=dict)
     """When a request for the model last arrived or ended."""
+    loans: Mapping[str, Loan] = field(default_factory=dict)

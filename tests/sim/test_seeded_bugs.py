@@ -10,7 +10,6 @@ import pytest
 from offloadd.plan import accounting, draft, room, settle
 from offloadd.plan.eviction import Evictable, Relief, choose_victims
 from offloadd.plan.restart import next_restart
-from offloadd.state.observed import LEAVING
 from tests.sim import properties
 from tests.sim import test_planner_sim as sim
 from tests.sim.drive import Driver
@@ -20,8 +19,8 @@ from tests.sim.world import Impossible
 
 def leaving_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     real = accounting._account
-    stay = lambda views: [view for view in views if view.state not in LEAVING]  # noqa: E731
-    monkeypatch.setattr(accounting, "_account", lambda device, views, limit: real(device, stay(views), limit))
+    stay = lambda books: [entry for entry in books if not entry[2].leaving]  # noqa: E731
+    monkeypatch.setattr(accounting, "_account", lambda device, books, limit: real(device, stay(books), limit))
 
 
 def free_memory_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +67,8 @@ def surplus_is_counted_without_knowing_what_is_stale(monkeypatch: pytest.MonkeyP
 
 
 def everyone_may_evict(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = room._rivals
-    monkeypatch.setattr(room, "_rivals", lambda made, want: real(made, replace(want, urgent=True)))
+    real = room.for_model
+    monkeypatch.setattr(settle, "for_model", lambda made, want: real(made, replace(want, urgent=True)))
 
 
 def wakes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +76,8 @@ def wakes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def victims_are_taken_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    def first(attempt: room._Attempt, there: object, candidates: Sequence[Evictable]) -> Relief | None:
-        answer = choose_victims(attempt, there, candidates)  # type: ignore[arg-type]
+    def first(attempt: object, there: object, candidates: Sequence[Evictable], devices: object) -> Relief | None:
+        answer = choose_victims(attempt, there, candidates, devices)  # type: ignore[arg-type]
         return answer and Relief(tuple(candidates[:1]), answer.placement)
 
     monkeypatch.setattr(room, "choose_victims", first)

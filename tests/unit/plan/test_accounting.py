@@ -6,18 +6,19 @@ import pytest
 
 from offloadd.plan.accounting import Ledger, limit_of, open_accounts
 from offloadd.state.actions import DeviceAccount
+from offloadd.state.demand import Loan
 from offloadd.state.desired import Budget, DeviceBudget
 from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId
 from offloadd.state.launch import Placement
 from offloadd.state.observed import DeviceKind, DeviceView, InstanceState, InstanceView
 from offloadd.units import Share
-from tests.unit.plan.build import gib, ram, view
+from tests.unit.plan.build import NOW, gib, ram, view
 
 GPU = DeviceView(id=DeviceId(LOCAL, "GPU-abc"), kind=DeviceKind.NVIDIA, name="T4", total=gib(16), free=gib(16), index=1)
 
 
 def books(*views: InstanceView, free: float = 16.0) -> DeviceAccount:
-    return open_accounts({HOST_RAM: ram(free)}, views, Budget(host=DeviceBudget(limit=gib(12))))[HOST_RAM]
+    return open_accounts({HOST_RAM: ram(free)}, views, [], Budget(host=DeviceBudget(limit=gib(12))))[HOST_RAM]
 
 
 def test_an_empty_device_has_room_up_to_its_limit() -> None:
@@ -53,12 +54,12 @@ def test_an_exited_instance_takes_no_more_memory() -> None:
 
 
 def test_a_device_that_was_not_read_has_no_books() -> None:
-    assert open_accounts({}, [view("a-1", 4)], Budget()) == {}
+    assert open_accounts({}, [view("a-1", 4)], [], Budget()) == {}
 
 
 def test_a_claim_lowers_the_room_for_the_next() -> None:
-    ledger = Ledger({HOST_RAM: books()})
-    ledger.claim(Placement(reserved={HOST_RAM: gib(5)}))
+    ledger = Ledger({HOST_RAM: books()}, {HOST_RAM: ram()})
+    ledger.claim({HOST_RAM: gib(5)})
     assert ledger.room == {HOST_RAM: gib(7)}
 
 
@@ -77,3 +78,24 @@ def test_a_claim_lowers_the_room_for_the_next() -> None:
 )
 def test_the_limit_follows_the_budget(budget: Budget, limit: float) -> None:
     assert limit_of(GPU, budget) == gib(limit)
+
+
+def test_a_gpu_without_memory_of_its_own_and_ram_are_one_memory() -> None:
+    chip = DeviceId(LOCAL, "GPU-chip")
+    devices = {
+        HOST_RAM: ram(10),
+        chip: DeviceView(id=chip, kind=DeviceKind.NVIDIA, name="chip", total=gib(16), free=gib(10), unified=True),
+    }
+    on_chip = view("a-1", 4, placement=Placement(reserved={chip: gib(4)}), measured={chip: gib(4)})
+    on_host = view("b-1", 2)
+    accounts = open_accounts(devices, [on_chip, on_host], [], Budget())
+    assert {account.reserved for account in accounts.values()} == {gib(6)}
+    ledger = Ledger(accounts, devices)
+    ledger.claim({chip: gib(1)})
+    assert {device: accounts[device].room - room for device, room in ledger.room.items()} == {HOST_RAM: gib(1), chip: gib(1)}
+
+
+def test_what_is_lent_is_not_room() -> None:
+    loan = Loan(id="1", size=gib(3), since=NOW, granted={HOST_RAM: gib(3)}, measured={HOST_RAM: gib(1)})
+    account = open_accounts({HOST_RAM: ram(15)}, [], [loan], Budget(host=DeviceBudget(limit=gib(12))))[HOST_RAM]
+    assert (account.reserved, account.lent, account.untaken, account.room) == (gib(3), gib(3), gib(2), gib(9))

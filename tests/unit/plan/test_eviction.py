@@ -22,7 +22,7 @@ def relief(needed: float, *candidates: Evictable, room: float = 0.0) -> Relief |
         fits = there[HOST_RAM] >= gib(needed)
         return Placement(reserved={HOST_RAM: gib(needed)}) if fits else NoRoom(need=gib(needed))
 
-    return choose_victims(attempt, {HOST_RAM: gib(room)}, candidates)
+    return choose_victims(attempt, {HOST_RAM: gib(room)}, candidates, {})
 
 
 def chosen(needed: float, *candidates: Evictable) -> list[str]:
