@@ -9,6 +9,7 @@ from offloadd import __version__
 from offloadd.api.picture import ConfigStatus, Picture
 from offloadd.plan.accounting import limit_of
 from offloadd.state.actions import Decision, DeviceAccount, ModelState
+from offloadd.state.demand import Loan
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.ids import DeviceId
 from offloadd.state.launch import Candidate
@@ -53,9 +54,31 @@ def vram_status(picture: Picture) -> Json:
     """`GET /vram/status`: the ledger, device by device."""
     views = sorted(picture.observed.devices.values(), key=lambda view: (view.kind, view.index))
     devices = [_device(picture, view) for view in views]
-    summed = ("total_bytes", "used_bytes", "free_bytes", "limit_bytes", "reserved_bytes", "releasing_bytes", "room_bytes")
+    summed = (
+        "total_bytes",
+        "used_bytes",
+        "free_bytes",
+        "limit_bytes",
+        "reserved_bytes",
+        "lent_bytes",
+        "releasing_bytes",
+        "room_bytes",
+    )
     totals = {key: sum(device[key] for device in devices) for key in summed}
-    return {"devices": devices, "totals": totals, "as_of": picture.wall}
+    loans = [_loan(picture, loan) for loan in picture.demand.loans.values()]
+    return {"devices": devices, "totals": totals, "loans": loans, "as_of": picture.wall}
+
+
+def _loan(picture: Picture, loan: Loan) -> Json:
+    granted = None if loan.granted is None else {str(device): size for device, size in loan.granted.items()}
+    return {
+        "loan": loan.id,
+        "size_bytes": loan.size,
+        "since": picture.wall_of(loan.since),
+        "why": loan.why,
+        "granted": granted,
+        "reason": picture.plan.loans.get(loan.id, ""),
+    }
 
 
 def models(picture: Picture) -> Json:
@@ -161,13 +184,16 @@ def _device(picture: Picture, view: DeviceView) -> Json:
         "free_bytes": view.free,
         "limit_bytes": account.limit,
         "reserved_bytes": account.reserved,
+        "lent_bytes": account.lent,
         "foreign_bytes": max(0, view.used - sum(v.measured.get(view.id, 0) for v in held)),
         "releasing_bytes": account.releasing,
         "room_bytes": max(0, account.room),
         "utilization": view.utilization,
         "temperature_c": view.temperature,
+        "power_w": view.power_w,
+        "unified": view.unified,
         "instances": [_share(v, view.id) for v in held],
-        "foreign": [],
+        "foreign": [{"pid": p.pid, "name": p.name, "bytes": p.size} for p in picture.observed.foreign.get(view.id, ())],
     }
 
 
@@ -211,7 +237,7 @@ def _vram(candidates: Sequence[Candidate], views: Sequence[InstanceView]) -> Jso
     return {
         "estimated": estimate.total if estimate else None,
         "basis": estimate.basis if estimate else "",
-        "learned": None,
+        "learned": estimate.total if estimate and estimate.learned else None,
         "measured": max(measured) if measured else None,
     }
 

@@ -11,11 +11,10 @@ from offloadd.backends.base import Backend
 
 
 def discover() -> Mapping[str, Backend]:
-    """Import every adapter of this package: each module but `base` ends in `BACKEND = …`."""
+    """Every adapter of this package: a module that ends in `BACKEND = …`. The others are what adapters share."""
     found: dict[str, Backend] = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name == "base":
-            continue
-        adapter = cast(Backend, importlib.import_module(f"{__name__}.{module.name}").BACKEND)
-        found[module.name] = adapter
+        adapter = getattr(importlib.import_module(f"{__name__}.{module.name}"), "BACKEND", None)
+        if adapter is not None:
+            found[module.name] = cast(Backend, adapter)
     return found

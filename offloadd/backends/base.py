@@ -70,10 +70,11 @@ NO_ENDPOINT = Endpoint(host="127.0.0.1", port=0)
 def fingerprint(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelFacts) -> str:
     """Hash all that reaches the engine, with a neutral endpoint: a change means that a running instance is stale.
 
-    It is taken over the launch itself, so no list of launch-relevant fields has to be kept up beside the adapters.
+    It is taken over the launch itself, so no list of launch-relevant fields has to be kept up beside the adapters; only what
+    placement is made from is added, since a launch for nowhere does not show it.
     """
     launch = backend.launch(engine, spec, facts, NOWHERE, NO_ENDPOINT)
-    text = json.dumps([engine.name, launch.argv, sorted(launch.env.items()), spec.devices])
+    text = json.dumps([engine.name, launch.argv, sorted(launch.env.items()), spec.devices, spec.gpu_layers, spec.partial])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from offloadd.backends.base import ExitPattern, default_exit, match_exit
+from offloadd.backends.memory import LlamaMemory, llama_memory
 from offloadd.state.desired import BackendOptions, Engine, ModelSpec
 from offloadd.state.launch import (
     Endpoint,
@@ -25,6 +26,7 @@ from offloadd.state.launch import (
     Probes,
     VramEstimate,
 )
+from offloadd.state.shape import ModelShape
 from offloadd.units import Bytes, Seconds, format_bytes
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
@@ -32,9 +34,14 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_
 _MIB = 2**20
 _CELLS = 256
 """llama-server rounds the context of a slot up to a multiple of this."""
+_BATCH = 2048
+_UBATCH = 512
+"""llama-server's own defaults, in tokens."""
 _MARGIN = Bytes(512 * _MIB)
-"""Working memory beside the weights, until estimates know the model's shape."""
 _MARGIN_SHARE = 0.15
+"""What is added to a file's size where its header cannot be read."""
+_PROGRAM = Bytes(64 * _MIB)
+"""The program itself, its threads and its HTTP buffers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,14 +175,13 @@ class LlamaCpp:
     version_argv = ("--version",)
 
     def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate:
-        """File size plus a margin, plus the prompt cache that we allow; `vram` in the config wins."""
+        """From the file's header, part by part; from its size where the header cannot be read; `vram` in the config wins."""
+        prompts = _options(spec).cache_ram
         if spec.vram != "auto":
-            return VramEstimate(total=spec.vram, basis=f"vram: {format_bytes(spec.vram)} in the config")
-        size = facts.size or Bytes(0)
-        cache = _options(spec).cache_ram
-        margin = _MARGIN + int(size * _MARGIN_SHARE)
-        basis = f"file {format_bytes(size)} + margin {format_bytes(margin)} + prompt cache {format_bytes(cache)}"
-        return VramEstimate(total=Bytes(size + margin + cache), basis=basis)
+            return VramEstimate(total=spec.vram, basis=f"vram: {format_bytes(spec.vram)} in the config", host=prompts)
+        if facts.shape is None:
+            return _by_size(facts.size or Bytes(0), prompts)
+        return _by_shape(_memory(spec, facts.shape), prompts)
 
     def launch(self, engine: Engine, spec: ModelSpec, facts: ModelFacts, placement: Placement, endpoint: Endpoint) -> Launch:
         """`llama-server` on one loopback port with everything pinned that it would otherwise guess."""
@@ -192,13 +198,13 @@ class LlamaCpp:
             # Each open connection holds a thread; with the default, a burst starves /health.
             *("--threads-http", str(spec.parallel + 12)),
             "--metrics",
-            *_device_flags(spec),
+            *_device_flags(placement),
             *_option_flags(_options(spec)),
             *engine.args,
             *spec.args,
         ]
         # On an abort ggml would fork a debugger on itself and wait for it.
-        env = {"GGML_NO_BACKTRACE": "1", **engine.env, **spec.env}
+        env = {"GGML_NO_BACKTRACE": "1", **_visible(placement), **engine.env, **spec.env}
         return Launch(argv=tuple(argv), env=env)
 
     def probes(self, spec: ModelSpec) -> Probes:
@@ -240,11 +246,57 @@ def _cells(context: int) -> int:
     return -(-context // _CELLS) * _CELLS
 
 
-def _device_flags(spec: ModelSpec) -> tuple[str, ...]:
-    """Only host RAM is in the ledger so far: a GPU is used when the operator says how many layers."""
-    if spec.devices == "cpu" or spec.gpu_layers in ("auto", 0):
+def _memory(spec: ModelSpec, shape: ModelShape) -> LlamaMemory:
+    options = _options(spec)
+    ubatch = options.ubatch or _UBATCH
+    return llama_memory(
+        shape,
+        context=_cells(spec.context) * spec.parallel,
+        parallel=spec.parallel,
+        kv_unified=options.kv_unified,
+        cache_type_k=options.cache_type_k,
+        cache_type_v=options.cache_type_v,
+        batch=ubatch if options.embeddings or options.reranking else options.batch or _BATCH,
+        ubatch=ubatch,
+        flash_attention=options.flash_attention != "off",
+        embeddings=options.embeddings or options.reranking,
+    )
+
+
+def _by_shape(memory: LlamaMemory, prompts: Bytes) -> VramEstimate:
+    layers = memory.per_layer
+    basis = f"weights {format_bytes(memory.weights)} + cache {format_bytes(memory.cache)} + work {format_bytes(memory.compute)}"
+    return VramEstimate(
+        total=Bytes(sum(layers) + memory.fixed_device),
+        basis=basis,
+        layers=layers,
+        fixed=memory.fixed_device,
+        host=Bytes(memory.host + prompts),
+        on_host=Bytes(memory.total + _PROGRAM + prompts),
+    )
+
+
+def _by_size(size: Bytes, prompts: Bytes) -> VramEstimate:
+    margin = _MARGIN + int(size * _MARGIN_SHARE)
+    basis = f"file {format_bytes(size)} + margin {format_bytes(margin)}, since its header could not be read"
+    return VramEstimate(total=Bytes(size + margin), basis=basis, host=prompts, on_host=Bytes(size + margin + prompts))
+
+
+def _device_flags(placement: Placement) -> tuple[str, ...]:
+    """Where the layers go, exactly as they were placed."""
+    if not placement.gpus:
         return ("--device", "none", "--n-gpu-layers", "0")
-    return ("--n-gpu-layers", str(spec.gpu_layers))
+    if len(placement.gpus) == 1:
+        layers = str(placement.split[0]) if placement.split else "all"
+        return ("--n-gpu-layers", layers, "--split-mode", "none")
+    shares = ",".join(str(count) for count in placement.split)
+    return ("--n-gpu-layers", "all", "--split-mode", "layer", "--tensor-split", shares)
+
+
+def _visible(placement: Placement) -> dict[str, str]:
+    """Let it see its own GPUs and no others. By UUID, which means nothing to the other vendor's driver, and so hides its cards."""
+    names = ",".join(gpu.name for gpu in placement.gpus)
+    return {"CUDA_VISIBLE_DEVICES": names, "ROCR_VISIBLE_DEVICES": names}
 
 
 def _option_flags(options: LlamaCppOptions) -> Iterator[str]:

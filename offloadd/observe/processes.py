@@ -50,6 +50,14 @@ def own_memory(pids: Iterable[int]) -> Bytes | None:
     return Bytes(sum(sizes) * _PAGE) if sizes else None
 
 
+def program_name(pid: int) -> str:
+    """What the kernel calls the process; empty when it is gone."""
+    try:
+        return (_PROC / str(pid) / "comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def _listens(pid: int, port: int) -> bool:
     try:
         sockets = psutil.Process(pid).net_connections(kind="tcp")

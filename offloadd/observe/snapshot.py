@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
-from offloadd.backends.base import Backend, fingerprint
+from offloadd.backends.base import Backend
 from offloadd.observe.devices import DeviceReader
+from offloadd.observe.devices.aside import aside
 from offloadd.observe.engines import EngineFinder
-from offloadd.observe.processes import own_memory, read_children, tree
-from offloadd.observe.sources import read_facts
-from offloadd.state.desired import DesiredState, Engine, ModelSpec
-from offloadd.state.ids import HOST_RAM, BackendName, DeviceId, InstanceId, ModelName
-from offloadd.state.launch import Candidate, ModelFacts
-from offloadd.state.observed import DeviceView, EngineView, ObservedState
-from offloadd.units import Bytes, Seconds
+from offloadd.observe.holdings import Holdings
+from offloadd.observe.offers import make_offer
+from offloadd.observe.sources import Sources
+from offloadd.state.desired import DesiredState, ModelSpec
+from offloadd.state.ids import BackendName, DeviceId, ModelName
+from offloadd.state.launch import Candidate, Footprint, ModelFacts
+from offloadd.state.observed import DeviceKind, DeviceView, EngineView, ObservedState
+from offloadd.state.shape import ModelShape
+from offloadd.units import Seconds
 
 T = TypeVar("T")
 
@@ -26,32 +30,63 @@ READ_TIMEOUT = Seconds(5)
 class Observer:
     """Keeps the latest readings. A reading that fails or is late leaves its device out, which the planner takes as unknown."""
 
-    def __init__(self, readers: Sequence[DeviceReader], backends: Mapping[str, Backend]) -> None:
+    def __init__(
+        self, readers: Sequence[DeviceReader], backends: Mapping[str, Backend], read_shape: Callable[[Path], ModelShape]
+    ) -> None:
         self._readers = readers
         self._backends = backends
         self._finder = EngineFinder(backends)
+        self._sources = Sources(read_shape)
         self._busy: set[str] = set()
-        self._peaks: dict[InstanceId, dict[DeviceId, Bytes]] = {}
+        self._late: dict[str, str] = {}
         self._facts: dict[str, ModelFacts] = {}
+        self._footprints: Mapping[str, Footprint] = {}
+        self.holdings = Holdings()
         self.devices: dict[DeviceId, DeviceView] = {}
         self.engines: dict[BackendName, EngineView] = {}
-        self.measured: dict[InstanceId, dict[DeviceId, Bytes]] = {}
         self.candidates: dict[ModelName, tuple[Candidate, ...]] = {}
-        self.problems: dict[str, str] = {}
 
-    async def refresh(self, desired: DesiredState, pids: Mapping[InstanceId, int]) -> bool:
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """What could not be read, and why."""
+        found = dict(self._late)
+        for reader in self._readers:
+            found.update({f"device {name}": why for name, why in reader.problems.items()})
+        found.update({f"device {view.id}": view.problem for view in self.devices.values() if view.problem})
+        return found
+
+    @property
+    def blind(self) -> str:
+        """Why GPUs that are there cannot be seen; empty when some are seen, or when there are none."""
+        if any(view.kind is not DeviceKind.HOST for view in self.devices.values()):
+            return ""
+        return next((f"{what}: {why}" for what, why in self.problems.items() if "host" not in what and "device" in what), "")
+
+    def know(self, footprints: Mapping[str, Footprint]) -> None:
+        """Use what earlier launches were seen to take."""
+        self._footprints = footprints
+
+    async def refresh(self, desired: DesiredState, pids: Mapping[Hashable, int]) -> bool:
         """Read everything again for this config and these processes; True when something the planner weighs is different."""
-        before = (self.candidates, {key: view.total for key, view in self.devices.items()})
+        before = (self.candidates, {key: view.total for key, view in self.devices.items()}, self.blind)
         sources = sorted({spec.source_for(name) for spec in desired.models.values() for name in spec.backends})
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
-        facts = await self._in_time("reading of model files", lambda: _read_all(sources, desired.storage.models_path))
+        folders = desired.storage.models_path
+        facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders))
         self._facts = self._facts if facts is None else facts
-        await self._read_devices()
-        self.measured = await self._in_time("reading of processes' memory", lambda: _measure(pids)) or {}
-        self._peaks = {key: _higher(self._peaks.get(key, {}), sizes) for key, sizes in self.measured.items()}
+        await self.read_memory(pids)
         self.consider(desired)
-        return before != (self.candidates, {key: view.total for key, view in self.devices.items()})
+        return before != (self.candidates, {key: view.total for key, view in self.devices.items()}, self.blind)
+
+    async def read_memory(self, pids: Mapping[Hashable, int]) -> None:
+        """Read the devices, and what each process tree holds of them."""
+        fresh: dict[DeviceId, DeviceView] = {}
+        for reader in self._readers:
+            views = await self._in_time(f"reading of {reader.name} devices", reader.read)
+            fresh.update({view.id: view for view in views or ()})
+        self.devices = fresh
+        await self._in_time("reading of processes' memory", lambda: self.holdings.measure(pids, fresh))
 
     def consider(self, desired: DesiredState) -> None:
         """Work out the candidates of this config from the readings at hand."""
@@ -63,16 +98,22 @@ class Observer:
     def snapshot(self, observed: ObservedState) -> ObservedState:
         """Add the readings to what the executor knows of its instances."""
         instances = {
-            key: replace(view, measured=self.measured.get(key, {}), peak=self._peaks.get(key, {}))
+            key: replace(
+                view,
+                measured=self.holdings.of(key),
+                peak=self.holdings.peak_of(key),
+                unreleased=self.holdings.unreleased(view),
+            )
             for key, view in observed.instances.items()
         }
-        return ObservedState(
+        return replace(
+            observed,
             instances=instances,
-            exits=observed.exits,
-            launches=observed.launches,
             devices=self.devices,
             engines=self.engines,
             candidates=self.candidates,
+            foreign=self.holdings.foreign,
+            blind=self.blind,
         )
 
     def _candidate(self, desired: DesiredState, spec: ModelSpec, name: BackendName) -> Candidate:
@@ -84,14 +125,7 @@ class Observer:
             return Candidate(backend=name, facts=facts, problem=view.problem, hint=view.hint)
         if backend is None or view is None or facts.problem or facts.size is None:
             return Candidate(backend=name, facts=facts, problem=facts.problem, hint=facts.hint)  # without one: not known yet
-        return _offer(backend, engine, spec, facts)
-
-    async def _read_devices(self) -> None:
-        fresh: dict[DeviceId, DeviceView] = {}
-        for reader in self._readers:
-            views = await self._in_time(f"reading of {reader.name} devices", reader.read)
-            fresh.update({view.id: view for view in views or ()})
-        self.devices = fresh
+        return make_offer(backend, engine, spec, facts, view.version, self._footprints)
 
     async def _in_time(self, what: str, read: Callable[[], T]) -> T | None:
         """Call `read` in a thread, under a deadline; None when it fails or is late, and `problems` says so.
@@ -99,49 +133,24 @@ class Observer:
         One that hangs keeps its thread, so it is not called again before it has returned.
         """
         if what in self._busy:
-            self.problems[what] = "has not returned for longer than its deadline"
+            self._late[what] = "has not returned for longer than its deadline"
             return None
         self._busy.add(what)
-        reading = asyncio.ensure_future(asyncio.to_thread(read))
+        reading = asyncio.ensure_future(aside(read, name=what))
         reading.add_done_callback(lambda done: self._ended(what, done))
         try:
             async with asyncio.timeout(READ_TIMEOUT):
                 result = await asyncio.shield(reading)
         except TimeoutError:
-            self.problems[what] = f"gave nothing within {READ_TIMEOUT:g} s"
+            self._late[what] = f"gave nothing within {READ_TIMEOUT:g} s"
             return None
         except Exception as error:  # noqa: BLE001  (whatever a driver's library raises, its device is unknown now)
-            self.problems[what] = f"failed: {error}"
+            self._late[what] = f"failed: {error}"
             return None
-        self.problems.pop(what, None)
+        self._late.pop(what, None)
         return result
 
     def _ended(self, what: str, reading: asyncio.Future[T]) -> None:
         self._busy.discard(what)
         if not reading.cancelled():
             reading.exception()  # asked for, so that a failure after the deadline is not reported as never retrieved
-
-
-def _read_all(sources: Sequence[str], models_path: Sequence[str]) -> dict[str, ModelFacts]:
-    return {source: read_facts(source, models_path) for source in sources}
-
-
-def _measure(pids: Mapping[InstanceId, int]) -> dict[InstanceId, dict[DeviceId, Bytes]]:
-    if not pids:
-        return {}
-    children = read_children()
-    found = {key: own_memory(tree(pid, children)) for key, pid in pids.items()}
-    return {key: {HOST_RAM: size} for key, size in found.items() if size is not None}
-
-
-def _higher(old: Mapping[DeviceId, Bytes], new: Mapping[DeviceId, Bytes]) -> dict[DeviceId, Bytes]:
-    return {device: max(size, old.get(device, size)) for device, size in new.items()}
-
-
-def _offer(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelFacts) -> Candidate:
-    return Candidate(
-        backend=engine.name,
-        facts=facts,
-        fingerprint=fingerprint(backend, engine, spec, facts),
-        estimate=backend.estimate(spec, facts),
-    )

@@ -5,14 +5,44 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from offloadd.errors import PermanentError
 from offloadd.state.launch import ModelFacts
+from offloadd.state.shape import ModelShape
 from offloadd.units import Bytes
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_SHARDS = 999
+
+
+class Sources:
+    """Facts of sources; a header is read again only when its file may have changed."""
+
+    def __init__(self, read_shape: Callable[[Path], ModelShape]) -> None:
+        self._read_shape = read_shape
+        self._shapes: dict[str, ModelShape | str] = {}
+
+    def read(self, sources: Sequence[str], models_path: Sequence[str]) -> dict[str, ModelFacts]:
+        """Facts of every source."""
+        found = {source: read_facts(source, models_path) for source in sources}
+        present = {facts.identity for facts in found.values()}
+        self._shapes = {identity: shape for identity, shape in self._shapes.items() if identity in present}
+        return {source: self._with_shape(facts) for source, facts in found.items()}
+
+    def _with_shape(self, facts: ModelFacts) -> ModelFacts:
+        if facts.problem or not facts.identity:
+            return facts
+        if facts.identity not in self._shapes:
+            try:
+                self._shapes[facts.identity] = self._read_shape(Path(facts.path))
+            except PermanentError as error:
+                self._shapes[facts.identity] = error.message
+        shape = self._shapes[facts.identity]
+        # A header that we cannot read is for the engine to judge: it may know more, or say better what is wrong.
+        return facts if isinstance(shape, str) else replace(facts, shape=shape)
 
 
 def read_facts(source: str, models_path: Sequence[str]) -> ModelFacts:

@@ -10,7 +10,7 @@ from typing import assert_never
 
 from offloadd.backends.base import Backend
 from offloadd.runtime.instance import Instance, Tools
-from offloadd.state.actions import Action, DrainInstance, ForgetInstance, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.actions import Action, DrainInstance, ForgetInstance, GrantLoan, Plan, StartInstance, StopInstance, StopReason
 from offloadd.state.desired import Engine
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import ExitCause, ExitKind, ExitStatus
@@ -25,10 +25,17 @@ KEPT_EXITS = 32
 class Executor:
     """Owns the instances and the record of their ends."""
 
-    def __init__(self, backends: Mapping[str, Backend], engine_of: Callable[[BackendName], Engine], tools: Tools) -> None:
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        engine_of: Callable[[BackendName], Engine],
+        tools: Tools,
+        lend: Callable[[GrantLoan], None],
+    ) -> None:
         self._backends = backends
         self._engine_of = engine_of
         self._tools = tools
+        self._lend = lend
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
         self._instances: dict[InstanceId, Instance] = {}
         self._exits: dict[ModelName, deque[ExitRecord]] = {}
@@ -88,6 +95,9 @@ class Executor:
             case StopInstance():
                 log.info("%s: stopping (%s): %s", action.instance, action.reason, action.why)
                 self._instances[action.instance].stop(action.reason, action.why)
+            case GrantLoan():
+                log.info("%s: granted", action.loan)
+                self._lend(action)
             case ForgetInstance():
                 self._instances.pop(action.instance, None)
                 self._tools.changed(action.instance)  # its memory is free now, which somebody may be waiting for

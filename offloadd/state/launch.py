@@ -190,5 +190,7 @@ class Candidate:
     facts: ModelFacts
     fingerprint: str = ""
     estimate: VramEstimate | None = None
+    footprint_key: str = ""
+    """Under which the registry keeps what such a launch was measured to take."""
     problem: str = ""
     hint: str = ""

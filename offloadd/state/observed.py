@@ -133,6 +133,15 @@ class EngineView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignProcess:
+    """Somebody else's process on a device; its size is None where the driver does not tell."""
+
+    pid: int
+    name: str
+    size: Bytes | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedState:
     """One joined reading. What could not be read is absent, and absence never means "gone"."""
 
@@ -145,5 +154,7 @@ class ObservedState:
     """Ends of instances, oldest first, bounded."""
     launches: Mapping[ModelName, int] = field(default_factory=dict)
     """Highest instance number ever used, per model."""
+    foreign: Mapping[DeviceId, tuple[ForeignProcess, ...]] = field(default_factory=dict)
+    """Processes on GPUs that belong to no instance, largest first, bounded."""
     blind: str = ""
     """Why GPUs that are there cannot be read now; empty when all that are known were read."""

@@ -42,7 +42,7 @@ def test_a_loan_that_fits_is_granted_at_once() -> None:
 def test_idle_models_leave_for_it_and_only_then_it_is_granted() -> None:
     answer = lend(LOAN, view("m-1", 6))
     assert kinds(answer) == ["StopInstance"]
-    assert answer.loans == {"l1": "waits: needs 8.0 GiB on host, 6.8 GiB free; making room with m-1 (idle 1 min 40 s)"}
+    assert answer.loans == {"l1": "waits: needs 8.0 GiB on host, 6.8 GiB free; making room with m-1 (idle 1 min)"}
 
 
 def test_a_model_that_is_to_run_always_leaves_too() -> None:

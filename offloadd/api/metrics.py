@@ -1,0 +1,98 @@
+"""`GET /metrics`: the numbers of `/vram/status` and `/models` for Prometheus, read off one picture at each scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from offloadd import __version__
+from offloadd.api import views
+from offloadd.api.picture import Picture
+from offloadd.state.actions import ModelState
+
+_DEVICE = {
+    "total_bytes": "Memory of the device",
+    "used_bytes": "Memory that is not free",
+    "free_bytes": "Memory that a new allocation could get",
+    "limit_bytes": "Memory that may be promised to instances and loans",
+    "reserved_bytes": "Memory that is promised",
+    "lent_bytes": "Memory that people have borrowed",
+    "foreign_bytes": "Memory that is used by others",
+    "releasing_bytes": "Promised memory of instances on their way out",
+    "room_bytes": "Memory that can be promised now",
+    "utilization": "Share of time in which the device worked, 0 to 1",
+    "temperature_c": "Temperature in degrees Celsius",
+    "power_w": "Power drawn in watts",
+}
+_NAMES = {"utilization": "utilization_ratio", "temperature_c": "temperature_celsius", "power_w": "power_watts"}
+_INSTANCE = {
+    "reserved_bytes": "Memory promised to the instance",
+    "measured_bytes": "Memory that its processes hold",
+    "peak_bytes": "The most that they ever held",
+}
+
+
+class PictureCollector(Collector):
+    """Metrics of the present picture."""
+
+    def __init__(self, look: Callable[[], Picture]) -> None:
+        self._look = look
+
+    def collect(self) -> Iterator[Metric]:
+        """One family after another, all of the same picture."""
+        picture = self._look()
+        yield InfoMetricFamily("offloadd", "The daemon", {"version": __version__})
+        yield from _ledger(views.vram_status(picture)["devices"])
+        yield from _models(picture)
+        yield _plain("offloadd_config_generation", "Number of the applied config", picture.config.generation)
+        yield _plain("offloadd_config_last_reload_success", "Whether the last reload was taken", picture.config.attempt_ok)
+        yield _plain("offloadd_scheduler_alive", "Whether the scheduler makes progress", picture.alive)
+        yield _plain("offloadd_problems", "Problems that /health lists", len(list(picture.problems)))
+
+
+def exposition(look: Callable[[], Picture]) -> bytes:
+    """The text that Prometheus scrapes."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(PictureCollector(look))
+    return generate_latest(registry)
+
+
+def _ledger(devices: Iterable[views.Json]) -> Iterator[Metric]:
+    listed = list(devices)
+    for key, text in _DEVICE.items():
+        family = GaugeMetricFamily(f"offloadd_device_{_NAMES.get(key, key)}", text, labels=("device", "kind"))
+        for device in listed:
+            if device[key] is not None:
+                family.add_metric((device["id"], device["kind"]), device[key])
+        yield family
+    for key, text in _INSTANCE.items():
+        family = GaugeMetricFamily(f"offloadd_instance_{key}", text, labels=("device", "model", "instance"))
+        for device in listed:
+            for held in device["instances"]:
+                if held[key] is not None:
+                    family.add_metric((device["id"], held["model"], held["instance"]), held[key])
+        yield family
+
+
+def _models(picture: Picture) -> Iterator[Metric]:
+    states = GaugeMetricFamily("offloadd_model_state", "1 for the state that the model is in", labels=("model", "state"))
+    waiting = GaugeMetricFamily("offloadd_model_waiting_requests", "Requests that wait for the model", labels=("model",))
+    running = GaugeMetricFamily("offloadd_model_running_requests", "Requests that its instances work on", labels=("model",))
+    held: dict[str, int] = {}
+    for instance, count in picture.demand.leases.items():
+        held[instance.model] = held.get(instance.model, 0) + count
+    for name in picture.desired.models:
+        decision = picture.plan.decisions.get(name)
+        for state in ModelState:
+            states.add_metric((name, state), float(decision is not None and decision.state is state))
+        queued = picture.demand.waiting.get(name)
+        waiting.add_metric((name,), queued.count if queued else 0)
+        running.add_metric((name,), held.get(name, 0))
+    yield from (states, waiting, running)
+
+
+def _plain(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=float(value))

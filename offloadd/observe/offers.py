@@ -1,0 +1,41 @@
+"""One engine's offer to serve one model, from the config, the file's facts and what earlier launches took."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+from offloadd.backends.base import Backend, fingerprint
+from offloadd.state.desired import Engine, ModelSpec
+from offloadd.state.launch import Candidate, Footprint, ModelFacts, VramEstimate
+from offloadd.units import Bytes, format_bytes
+
+
+def make_offer(
+    backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelFacts, version: str, footprints: Mapping[str, Footprint]
+) -> Candidate:
+    """The candidate: its fingerprint, and its need as learned, else as estimated; `vram` in the config wins over both."""
+    mark = fingerprint(backend, engine, spec, facts)
+    estimate = backend.estimate(spec, facts)
+    key = footprint_key(facts, mark, version)
+    known = footprints.get(key)
+    if known is not None and spec.vram == "auto":
+        estimate = as_learned(estimate, known.peak)
+    return Candidate(backend=engine.name, facts=facts, fingerprint=mark, estimate=estimate, footprint_key=key)
+
+
+def footprint_key(facts: ModelFacts, mark: str, version: str) -> str:
+    """The file's identity, the engine's version and the launch: what a measured peak on a GPU depends on."""
+    return hashlib.sha256("\0".join((facts.identity, version, mark)).encode()).hexdigest()[:32]
+
+
+def as_learned(estimate: VramEstimate, peak: Bytes) -> VramEstimate:
+    """The estimate with its parts on GPUs scaled so that they sum to what was really taken."""
+    if not estimate.total:
+        return estimate
+    scale = peak / estimate.total
+    layers = tuple(Bytes(int(size * scale)) for size in estimate.layers)
+    fixed = Bytes(peak - sum(layers)) if layers else estimate.fixed
+    basis = f"measured on an earlier launch: {format_bytes(peak)} (estimated {format_bytes(estimate.total)})"
+    return replace(estimate, total=peak, layers=layers, fixed=fixed, basis=basis, learned=True)

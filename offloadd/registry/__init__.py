@@ -1,0 +1,1 @@
+"""What is on disk: model files and what they say of themselves."""

@@ -1,0 +1,68 @@
+"""LoanBook: memory that people have asked for or hold. A loan lasts as long as the connection on which it was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from offloadd.clock import Clock
+from offloadd.errors import RequestError
+from offloadd.state.actions import GrantLoan
+from offloadd.state.demand import Loan
+from offloadd.state.ids import DeviceId
+from offloadd.units import Bytes
+
+MAX_LOANS = 64
+
+
+class LoanBook:
+    """Who has borrowed what. Granted by the planner's word only."""
+
+    def __init__(self, *, clock: Clock, wake: Callable[[], None], measured: Callable[[str], Mapping[DeviceId, Bytes]]) -> None:
+        self._clock = clock
+        self._wake = wake
+        self._measured = measured
+        self._loans: dict[str, Loan] = {}
+        self._pids: dict[str, int] = {}
+        self._granted: dict[str, asyncio.Event] = {}
+        self._count = 0
+
+    def ask(self, size: Bytes, device: str, why: str, pid: int | None) -> str:
+        """Ask for memory; the loan's id. `pid` leads the tree of processes that will use it. RequestError when there are too many."""
+        if len(self._loans) >= MAX_LOANS:
+            raise RequestError(429, "too_many_loans", f"{MAX_LOANS} loans are asked for or held already")
+        self._count += 1
+        name = f"loan-{self._count}"
+        self._loans[name] = Loan(id=name, size=size, device=device, since=self._clock.now(), why=why)
+        self._granted[name] = asyncio.Event()
+        if pid is not None:
+            self._pids[name] = pid
+        self._wake()
+        return name
+
+    async def wait(self, name: str) -> Mapping[DeviceId, Bytes]:
+        """Until it is granted; where the memory lies."""
+        await self._granted[name].wait()
+        return self._loans[name].granted or {}
+
+    def grant(self, action: GrantLoan) -> None:
+        """The planner's word. One that was given back in the same moment is let go."""
+        if action.loan in self._loans:
+            self._loans[action.loan] = replace(self._loans[action.loan], granted=action.reserved)
+            self._granted[action.loan].set()
+            self._wake()
+
+    def give_back(self, name: str) -> None:
+        """It is over, granted or not."""
+        for book in (self._loans, self._granted, self._pids):
+            book.pop(name, None)  # type: ignore[attr-defined]
+        self._wake()
+
+    def loans(self) -> dict[str, Loan]:
+        """All of them, with what their holders have taken."""
+        return {name: replace(loan, measured=self._measured(name)) for name, loan in self._loans.items()}
+
+    def pids(self) -> dict[str, int]:
+        """Leaders of the borrowers' process trees, as far as they were named."""
+        return dict(self._pids)
