@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from offloadd import borrowing
 from offloadd.errors import OffloaddError
 from offloadd.terminal import FAILED, JsonOption, run_app
 from offloadd.units import format_bytes, format_seconds
@@ -125,6 +126,19 @@ def reload(
         console.print(answer["last_attempt"]["message"], markup=False)
     if wait and not answer["last_attempt"]["ok"]:
         raise typer.Exit(FAILED)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def borrow(
+    context: typer.Context,
+    size: Annotated[str, typer.Argument(help="How much memory, such as 10GiB.")],
+    command: Annotated[list[str], typer.Argument(help="The command to run with it, after --.")],
+    device: Annotated[str, typer.Option(help="A GPU by index or UUID, host, or auto.")] = "auto",
+    limit: Annotated[str | None, typer.Option("--for", help="Give it back after this time, such as 2h.")] = None,
+) -> None:
+    """Take memory out of the daemon's budget while a command runs: models leave as needed, and come back after it."""
+    request = {"size": size, "device": device, "why": " ".join(command)[:200]}
+    raise typer.Exit(borrowing.run(context.obj.url, {**request, **({"for": limit} if limit else {})}, command))
 
 
 def _show(answer: Any, as_json: bool, table: Any) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,32 +14,46 @@ import aiohttp
 from aiohttp import http_parser, web
 
 from offloadd.api.app import build_app, request_id
+from offloadd.api.borrow import borrow_route
+from offloadd.api.listen import allowed_hosts, listen
 from offloadd.api.picture import ConfigStatus, Picture, Problem
+from offloadd.api.problems import Problems, of_memory, of_models
 from offloadd.backends.base import Backend
 from offloadd.clock import Clock, SystemClock
 from offloadd.config import render_json
 from offloadd.errors import PermanentError
+from offloadd.observe.devices.amdgpu import AmdReader
 from offloadd.observe.devices.host import HostReader
+from offloadd.observe.devices.nvml import NvmlReader
+from offloadd.observe.learning import is_news, learned
 from offloadd.observe.probes import Prober
 from offloadd.observe.processes import holds_port
 from offloadd.observe.snapshot import Observer
 from offloadd.proxy import upstream
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.leases import Host, LeaseBook
+from offloadd.registry.readers import read_model
+from offloadd.registry.store import Registry
 from offloadd.runtime.executor import Executor
 from offloadd.runtime.instance import Tools
 from offloadd.runtime.launchers.local import LocalLauncher
+from offloadd.runtime.loans import LoanBook
+from offloadd.runtime.lock import locked
 from offloadd.runtime.logs import LogFolder
 from offloadd.runtime.reconciler import Reconciler
 from offloadd.runtime.reload import ConfigStore, explain
-from offloadd.state.actions import Decision, ModelState, Plan
+from offloadd.state.actions import Decision, Plan
+from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
 from offloadd.state.ids import BackendName, InstanceId, ModelName
+from offloadd.state.launch import Footprint
 from offloadd.state.observed import InstanceState, ObservedState
 from offloadd.units import Seconds
 
 log = logging.getLogger(__name__)
 
+RELEASE_POLL = Seconds(0.1)
+"""How often devices are read while memory of an ended instance is on its way back."""
 REFRESH = Seconds(2)
 """How often devices, engines and model files are looked at again."""
 TRIM = Seconds(1)
@@ -64,7 +76,7 @@ async def serve(config: Path, backends: Mapping[str, Backend], started: Callable
     store = ConfigStore(config, backends=backends, clock=clock)
     await store.start()
     data_dir = Path(store.applied.desired.storage.data_dir)
-    with _locked(data_dir):
+    with locked(data_dir):
         async with upstream.open_session() as session:
             await Daemon(store, backends, clock, data_dir, session).run(started)
 
@@ -80,20 +92,24 @@ class Daemon:
         self._backends = backends
         self._session = session
         self._started_wall = clock.wall()
-        self._problem_since: dict[str, float] = {}
+        self._problems = Problems()
         self._leaving = asyncio.Event()
         self._hurry = asyncio.Event()
         self._asked: asyncio.Task[Picture] | None = None
-        self._observer = Observer([HostReader()], backends)
+        self._observer = Observer([HostReader(), NvmlReader(), AmdReader()], backends, read_model)
+        self._registry = Registry(data_dir / "registry.db")
+        self._saved: dict[str, Footprint] = {}
+        self._look_soon = asyncio.Event()
         self._launcher = LocalLauncher(data_dir)
         self._logs = LogFolder(data_dir / "logs")
         self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake)
-        self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools())
+        self._loans = LoanBook(clock=clock, wake=self._wake, measured=self._observer.holdings.of)
+        self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools(), self._loans.grant)
         self._reconciler = Reconciler(
             clock=clock,
             desired=self._desired,
             observed=self._observed,
-            demand=self._book.demand,
+            demand=self._demand,
             apply=self._apply,
             woke_up=self._executor.sign_all,
         )
@@ -103,6 +119,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         await self._clear_strays()
+        self._saved = await asyncio.to_thread(self._registry.footprints)
+        self._observer.know(self._saved)
         await self._look_ahead(self._store.applied.desired)
         self._store.follow(before=self._look_ahead, after=self._follow_config)
         async with self._serving(), asyncio.TaskGroup() as group:
@@ -114,6 +132,7 @@ class Daemon:
             await self._wind_down()
             for task in tasks:
                 task.cancel()
+        await asyncio.to_thread(self._registry.close)
         _ignore_signals()
 
     def stop(self) -> None:
@@ -141,10 +160,10 @@ class Daemon:
             started_wall=self._started_wall,
             desired=self._desired(),
             observed=self._observed(),
-            demand=self._book.demand(),
+            demand=self._demand(),
             plan=self._reconciler.latest,
             config=config,
-            problems=self._problems(wall),
+            problems=self._list_problems(wall),
             alive=now - self._reconciler.completed_at < STALLED,
         )
 
@@ -184,13 +203,14 @@ class Daemon:
             request_id=request_id,
         )
         server = self._store.applied.desired.server
-        app = build_app(self, gateway.routes(), gateway.find, _allowed_hosts(server.listen, server.allowed_hosts))
+        borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
+        app = build_app(self, [*gateway.routes(), borrow], gateway.find, allowed_hosts(server.listen, server.allowed_hosts))
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
             for address in server.listen:
-                await _listen(runner, address)
+                await listen(runner, address)
             yield
         finally:
             await runner.cleanup()
@@ -216,10 +236,28 @@ class Daemon:
         log.info("stopped: no process is left")
 
     async def _keep_fresh(self) -> None:
+        """Look again now and then, and soon after an instance has ended, until its memory is seen to be free."""
         while True:
-            await asyncio.sleep(REFRESH)
-            if await self._observer.refresh(self._desired(), self._executor.pids()):
+            soon = any(view.unreleased for view in self._observed().instances.values())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RELEASE_POLL if soon else REFRESH):
+                    await self._look_soon.wait()
+            self._look_soon.clear()
+            if soon:
+                await self._observer.read_memory(self._pids())
                 self._wake()
+            elif await self._observer.refresh(self._desired(), self._pids()):
+                self._wake()
+            await self._learn()
+
+    async def _learn(self) -> None:
+        """Keep what instances were seen to take, for the next launch of the same kind."""
+        found = learned(self._observed().instances.values())
+        fresh = {key: footprint for key, footprint in found.items() if is_news(footprint, self._saved.get(key))}
+        if fresh:
+            await asyncio.to_thread(self._registry.learn, fresh, self._clock.wall())
+            self._saved.update(fresh)
+            self._observer.know(self._saved)
 
     async def _keep_logs(self) -> None:
         while True:
@@ -228,7 +266,7 @@ class Daemon:
 
     async def _look_ahead(self, desired: DesiredState) -> None:
         """Read the files and engines that a new config names, so that the first plan for it knows them."""
-        await self._observer.refresh(desired, self._executor.pids())
+        await self._observer.refresh(desired, self._pids())
 
     def _follow_config(self) -> None:
         models = self._store.applied.desired.models
@@ -243,6 +281,17 @@ class Daemon:
     def _observed(self) -> ObservedState:
         return self._observer.snapshot(self._executor.observed())
 
+    def _demand(self) -> Demand:
+        return replace(self._book.demand(), loans=self._loans.loans())
+
+    def _pids(self) -> dict[Hashable, int]:
+        """Leaders of all process trees whose memory is measured."""
+        owners: set[Hashable] = {*self._executor.views(), *self._loans.loans()}
+        self._observer.holdings.forget(owners)
+        pids: dict[Hashable, int] = dict(self._executor.pids())
+        pids.update(self._loans.pids())
+        return pids
+
     def _apply(self, plan: Plan) -> None:
         self._executor.apply(plan)
         # Before the next request can come in: those that wait see the decisions and instances of this plan.
@@ -250,6 +299,9 @@ class Daemon:
 
     def _changed(self, instance: InstanceId) -> None:
         self._book.serve_all()
+        ended = self._executor.get(instance)
+        if ended is not None and ended.view().placement.gpus:
+            self._look_soon.set()
         self._wake()
 
     def _wake(self) -> None:
@@ -273,17 +325,17 @@ class Daemon:
         backend = self._backends.get(engine.adapter) if engine else None
         return backend is not None and backend.cancels_only_streams
 
-    def _problems(self, wall: float) -> list[Problem]:
+    def _list_problems(self, wall: float) -> list[Problem]:
         found = {f"{what} {why}": "" for what, why in self._observer.problems.items()}
+        if self._registry.problem:
+            found[self._registry.problem] = "see that the disk has room and that the data folder is writable"
         if self._reconciler.problem:
             found[f"the last reconcile cycle failed: {self._reconciler.problem}"] = "this is a bug: see the log"
         if not self._store.attempt.applied:
             found["the last config was refused; the one before it is in force"] = "run offloadd check on it, correct it and reload"
-        for name, decision in self._reconciler.latest.decisions.items():
-            if decision.state in (ModelState.FAILED, ModelState.BACKOFF):
-                found[f"{name} {decision.state}: {decision.sentence}"] = decision.hint
-        self._problem_since = {what: self._problem_since.get(what, wall) for what in found}
-        return [Problem(what=what, since=self._problem_since[what], hint=hint) for what, hint in found.items()]
+        found.update(of_models(self._reconciler.latest))
+        found.update(of_memory(self._observed()))
+        return self._problems.list(found, wall)
 
 
 def _ignore_signals() -> None:
@@ -292,50 +344,3 @@ def _ignore_signals() -> None:
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _locked(data_dir: Path) -> Iterator[None]:
-    """Hold the data folder: two daemons on it would stop each other's servers."""
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        hint = "create it, make it writable for this user, or set storage.data_dir"
-        raise PermanentError(f"cannot use the data folder {data_dir}: {error.strerror}", hint=hint) from None
-    try:
-        _take(lock, data_dir)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _take(lock: int, data_dir: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
-        message = f"another offloadd (pid {holder}) uses the data folder {data_dir}"
-        raise PermanentError(message, hint="stop it, or set another storage.data_dir") from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-
-
-async def _listen(runner: web.AppRunner, address: str) -> None:
-    host, port = split_address(address)
-    try:
-        await web.TCPSite(runner, host, port, reuse_address=True).start()
-    except OSError as error:
-        hint = f"see who holds it with: ss -ltnp 'sport = :{port}'"
-        raise PermanentError(f"cannot listen on {address}: {error.strerror}", hint=hint) from None
-    log.info("listening on http://%s", address)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `[v6]:port`; the config has checked its form."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _allowed_hosts(listen: Sequence[str], named: Sequence[str]) -> frozenset[str]:
-    return frozenset({split_address(address)[0].lower() for address in listen} | {name.lower() for name in named})

@@ -9,9 +9,11 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from offloadd.api import views
 from offloadd.api.guard import check_host, check_site
+from offloadd.api.metrics import exposition
 from offloadd.api.picture import Control, Picture
 from offloadd.errors import RequestError, error_body
 from offloadd.state.desired import ModelSpec
@@ -62,12 +64,8 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
         picture = control.look()
         return web.json_response(views.health(picture), status=200 if picture.alive else 503)
 
-    async def backend(request: web.Request) -> web.Response:
-        picture, name = control.look(), request.match_info["name"]
-        engine = next((e for e in picture.desired.engines.values() if e.name == name), None)
-        if engine is None:
-            raise RequestError(404, "backend_not_found", f'no backend is called "{name[:64]}"; GET /backends lists them')
-        return web.json_response(views.backend(picture, engine))
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=exposition(control.look), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def reload(request: web.Request) -> web.Response:
         if request.query.get("wait") == "0":
@@ -82,12 +80,24 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
         web.get("/models", show(views.models)),
         web.get("/models/{name:.+}", show_model(views.model)),
         web.get("/backends", show(views.backends)),
-        web.get("/backends/{name}", backend),
+        web.get("/backends/{name}", _show_backend(control)),
         web.get("/config", show(views.config)),
+        web.get("/metrics", metrics),
         web.post("/reload", reload),
         web.get("/v1/models", show(views.openai_models)),
         web.get("/v1/models/{name:.+}", show_model(views.openai_model)),
     ]
+
+
+def _show_backend(control: Control) -> Handler:
+    async def handler(request: web.Request) -> web.Response:
+        picture, name = control.look(), request.match_info["name"]
+        engine = next((e for e in picture.desired.engines.values() if e.name == name), None)
+        if engine is None:
+            raise RequestError(404, "backend_not_found", f'no backend is called "{name[:64]}"; GET /backends lists them')
+        return web.json_response(views.backend(picture, engine))
+
+    return handler
 
 
 def _middleware(allowed_hosts: Collection[str]) -> Any:

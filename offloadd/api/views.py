@@ -54,17 +54,8 @@ def vram_status(picture: Picture) -> Json:
     """`GET /vram/status`: the ledger, device by device."""
     views = sorted(picture.observed.devices.values(), key=lambda view: (view.kind, view.index))
     devices = [_device(picture, view) for view in views]
-    summed = (
-        "total_bytes",
-        "used_bytes",
-        "free_bytes",
-        "limit_bytes",
-        "reserved_bytes",
-        "lent_bytes",
-        "releasing_bytes",
-        "room_bytes",
-    )
-    totals = {key: sum(device[key] for device in devices) for key in summed}
+    summed = ("total", "used", "free", "limit", "reserved", "lent", "releasing", "room")
+    totals = {f"{key}_bytes": sum(device[f"{key}_bytes"] for device in devices) for key in summed}
     loans = [_loan(picture, loan) for loan in picture.demand.loans.values()]
     return {"devices": devices, "totals": totals, "loans": loans, "as_of": picture.wall}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Container, Hashable, Mapping
 
 from offloadd.observe.devices import held_by
 from offloadd.observe.processes import own_memory, program_name, read_children, tree
@@ -42,7 +42,7 @@ class Holdings:
             self._last[owner], self._free_then[owner] = sizes, self._free_now
         self._held = dict(fresh)
 
-    def forget(self, kept: Mapping[Hashable, object]) -> None:
+    def forget(self, kept: Container[Hashable]) -> None:
         """Drop owners that are not on the books any more."""
         for book in (self._peaks, self._last, self._free_then):
             for owner in [owner for owner in book if owner not in kept]:

@@ -75,6 +75,7 @@ class Instance:
             spec=self._action.spec,
             backend=self._action.candidate.backend,
             fingerprint=self._action.candidate.fingerprint,
+            footprint_key=self._action.candidate.footprint_key,
             placement=self._action.placement,
             state=self._state,
             since=self._since,

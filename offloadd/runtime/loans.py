@@ -29,7 +29,7 @@ class LoanBook:
         self._count = 0
 
     def ask(self, size: Bytes, device: str, why: str, pid: int | None) -> str:
-        """Ask for memory; the loan's id. `pid` leads the tree of processes that will use it. RequestError when there are too many."""
+        """Ask for memory; the loan's id. `pid` leads the processes that will use it. RequestError when there are too many."""
         if len(self._loans) >= MAX_LOANS:
             raise RequestError(429, "too_many_loans", f"{MAX_LOANS} loans are asked for or held already")
         self._count += 1
@@ -55,8 +55,9 @@ class LoanBook:
 
     def give_back(self, name: str) -> None:
         """It is over, granted or not."""
-        for book in (self._loans, self._granted, self._pids):
-            book.pop(name, None)  # type: ignore[attr-defined]
+        self._loans.pop(name, None)
+        self._granted.pop(name, None)
+        self._pids.pop(name, None)
         self._wake()
 
     def loans(self) -> dict[str, Loan]:

@@ -29,8 +29,8 @@ class Endpoint:
 class Placement:
     """The memory given to an instance, by device.
 
-    `gpus` hold its layers, in the order in which the engine is to see them; none means that it runs on the CPU. `split` says how many
-    layers each of them holds, the output layer counted; empty when they hold all of them and no division is asked for.
+    `gpus` hold its layers, in the order in which the engine is to see them; none means that it runs on the CPU. `split` says how
+    many layers each of them holds, the output layer counted; empty when they hold all of them and no division is asked for.
     """
 
     reserved: Mapping[DeviceId, Bytes]
@@ -149,8 +149,8 @@ class ModelFacts:
 class VramEstimate:
     """Predicted memory of one instance, in bytes, in the parts that placement can move.
 
-    `total` is what one device takes when all of it lies there, RAM included. An engine that can be split says `layers` and `fixed`, and
-    then `total` is their sum.
+    `total` is what one device takes when all of it lies there, RAM included. An engine that can be divided says `layers` and
+    `fixed`, and then `total` is their sum.
     """
 
     total: Bytes

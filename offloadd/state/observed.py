@@ -46,6 +46,8 @@ class InstanceView:
     started_at: Instant
     ready_at: Instant | None = None
     drain_deadline: Instant | None = None
+    footprint_key: str = ""
+    """Under which its measured peak is kept."""
     last_sign: Instant | None = None
     """When its working loop last answered, or last sent bytes to a client."""
     pid: int | None = None

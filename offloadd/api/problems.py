@@ -1,0 +1,42 @@
+"""What an operator should know about, each with since when and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from offloadd.api.picture import Problem
+from offloadd.state.actions import ModelState, Plan
+from offloadd.state.observed import ObservedState
+from offloadd.units import format_bytes
+
+DRIFT = 1.1
+"""An instance that takes more than this multiple of what it was promised is reported."""
+
+
+class Problems:
+    """Remembers since when each problem has been there."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}
+
+    def list(self, found: Mapping[str, str], wall: float) -> list[Problem]:
+        """The problems (text and hint) as of now, in Unix seconds."""
+        self._since = {what: self._since.get(what, wall) for what in found}
+        return [Problem(what=what, since=self._since[what], hint=hint) for what, hint in found.items()]
+
+
+def of_models(plan: Plan) -> Iterable[tuple[str, str]]:
+    """Models that cannot be served."""
+    for name, decision in plan.decisions.items():
+        if decision.state in (ModelState.FAILED, ModelState.BACKOFF):
+            yield f"{name} {decision.state}: {decision.sentence}", decision.hint
+
+
+def of_memory(observed: ObservedState) -> Iterable[tuple[str, str]]:
+    """Instances that take clearly more than they were promised."""
+    for view in observed.instances.values():
+        for device, promised in view.placement.reserved.items():
+            taken = view.measured.get(device, 0)
+            if taken > promised * DRIFT:
+                text = f"{view.id} takes {format_bytes(taken)} on {device}, promised were {format_bytes(promised)}"
+                yield text, "its next launch is given what was measured; set vram to say so now"
