@@ -23,8 +23,8 @@ CASES = ((10, 1, 4), (100, 2, 20), (250, 4, 50), (500, 8, 100), (1000, 16, 200),
 
 
 def world(models: int, gpus: int, instances: int) -> tuple[DesiredState, ObservedState, Demand]:
-    """Cards of 80 GiB, models of 2 to 60 GiB in 40 layers; `instances` run, a third of them busy; one model in twenty is waited for."""
-    chance = random.Random(models)  # noqa: S311  (the same world every time)
+    """Cards of 80 GiB, models of 2 to 60 GiB in 40 layers; `instances` run, a third of them busy; one model in twenty is wanted."""
+    chance = random.Random(models)
     cards = [DeviceId(LOCAL, f"GPU-{index:04}") for index in range(gpus)]
     free = dict.fromkeys(cards, 76 * GIB)
     specs: dict[ModelName, ModelSpec] = {}
@@ -63,7 +63,7 @@ def world(models: int, gpus: int, instances: int) -> tuple[DesiredState, Observe
     devices[HOST_RAM] = DeviceView(id=HOST_RAM, kind=DeviceKind.HOST, name="RAM", total=Bytes(512 * GIB), free=Bytes(400 * GIB))
     idle = [name for name in specs if InstanceId(LOCAL, name, 1) not in views]
     waiting = {name: Waiting(count=2, oldest=Instant(NOW - chance.random() * 30)) for name in idle[::20]}
-    leases = {key: 1 for key in list(views)[::3]}
+    leases = dict.fromkeys(list(views)[::3], 1)
     used = {key.model: Instant(NOW - chance.random() * 500) for key in views}
     return (
         DesiredState(models=specs),
@@ -90,9 +90,8 @@ def main() -> None:
         calm = replace(demand, waiting={})
         count = len(plan(desired, observed, demand, now=NOW).actions)
         quiet, pressed = (statistics.median(timed(desired, observed, each)) for each in (calm, demand))
-        print(
-            f"{models:>7} {gpus:>8} {len(observed.instances):>10} {len(demand.waiting):>11} {quiet:>11.2f} {pressed:>11.2f} {count:>8}"
-        )
+        sizes = f"{models:>7} {gpus:>8} {len(observed.instances):>10} {len(demand.waiting):>11}"
+        print(f"{sizes} {quiet:>11.2f} {pressed:>11.2f} {count:>8}")
 
 
 if __name__ == "__main__":

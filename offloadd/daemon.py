@@ -288,9 +288,8 @@ class Daemon:
         """Leaders of all process trees whose memory is measured."""
         owners: set[Hashable] = {*self._executor.views(), *self._loans.loans()}
         self._observer.holdings.forget(owners)
-        pids: dict[Hashable, int] = dict(self._executor.pids())
-        pids.update(self._loans.pids())
-        return pids
+        pids: list[tuple[Hashable, int]] = [*self._executor.pids().items(), *self._loans.pids().items()]
+        return dict(pids)
 
     def _apply(self, plan: Plan) -> None:
         self._executor.apply(plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from offloadd.state.actions import DeviceAccount
@@ -27,17 +27,21 @@ def open_accounts(
 
     An instance's promise stays on the books until it is forgotten, so memory still being released is never promised twice.
     """
-    held = [*map(_promise_of, instances), *(_Promise(loan.granted, loan.measured, lent=True) for loan in loans if loan.granted)]
-    return {
-        device.id: _account(device, _pooled(held, pool(device.id, devices)), limit_of(device, budget))
-        for device in devices.values()
-    }
+    sums = {device: _Sums() for device in devices}
+    for view in instances:
+        gone = view.state is InstanceState.EXITED
+        _add(sums, devices, view.placement.reserved, view.measured, leaving=view.state in LEAVING, gone=gone)
+    for loan in loans:
+        _add(sums, devices, loan.granted or {}, loan.measured, lent=True)
+    return {device: sums[device].account(view, limit_of(view, budget)) for device, view in devices.items()}
 
 
 def pool(device: DeviceId, devices: Mapping[DeviceId, DeviceView]) -> tuple[DeviceId, ...]:
     """Devices that are one memory: RAM, and the GPUs that have none but it. What is promised on one is promised on all."""
-    shared = (HOST_RAM, *(view.id for view in devices.values() if view.unified))
-    return shared if device in shared else (device,)
+    view = devices.get(device)
+    if view is None or not (view.unified or device == HOST_RAM):
+        return (device,)
+    return (HOST_RAM, *(other.id for other in devices.values() if other.unified))
 
 
 class Ledger:
@@ -55,29 +59,48 @@ class Ledger:
                 self.room[each] = Bytes(self.room.get(each, 0) - size)
 
 
-@dataclass(frozen=True, slots=True)
-class _Promise:
-    """Bytes by device that are promised to somebody, and what of them is taken."""
+@dataclass(slots=True)
+class _Sums:
+    """One device's sums while its books are opened."""
 
-    reserved: Mapping[DeviceId, Bytes]
-    measured: Mapping[DeviceId, Bytes]
-    leaving: bool = False
-    gone: bool = False
-    lent: bool = False
+    reserved: int = 0
+    untaken: int = 0
+    releasing: int = 0
+    lent: int = 0
+
+    def account(self, device: DeviceView, limit: Bytes) -> DeviceAccount:
+        """The books."""
+        return DeviceAccount(
+            device=device.id,
+            limit=limit,
+            reserved=Bytes(self.reserved),
+            untaken=Bytes(self.untaken),
+            releasing=Bytes(self.releasing),
+            lent=Bytes(self.lent),
+            free=device.free,
+            room=Bytes(min(limit - self.reserved, device.free - self.untaken)),
+        )
 
 
-def _promise_of(view: InstanceView) -> _Promise:
-    gone = view.state is InstanceState.EXITED
-    return _Promise(view.placement.reserved, view.measured, leaving=view.state in LEAVING, gone=gone)
-
-
-def _pooled(promises: Iterable[_Promise], devices: Sequence[DeviceId]) -> Iterator[tuple[int, int, _Promise]]:
-    """Promised and taken bytes on a memory that may go by several names."""
-    for promise in promises:
-        reserved = sum(promise.reserved.get(device, 0) for device in devices)
-        # A memory under several names is measured under each: the same pages.
-        taken = max(promise.measured.get(device, 0) for device in devices)
-        yield reserved, taken, promise
+def _add(
+    sums: Mapping[DeviceId, _Sums],
+    devices: Mapping[DeviceId, DeviceView],
+    reserved: Mapping[DeviceId, Bytes],
+    measured: Mapping[DeviceId, Bytes],
+    *,
+    leaving: bool = False,
+    gone: bool = False,
+    lent: bool = False,
+) -> None:
+    """Enter one promise. What of it is taken already shows in `free`; a memory under several names has it measured under each."""
+    for device, promised in reserved.items():
+        for each in pool(device, devices):
+            if each in sums:
+                entry = sums[each]
+                entry.reserved += promised
+                entry.releasing += promised if leaving else 0
+                entry.lent += promised if lent else 0
+                entry.untaken += 0 if gone else max(0, promised - measured.get(device, 0))
 
 
 def _rule(device: DeviceView, budget: Budget) -> DeviceBudget:
@@ -85,22 +108,3 @@ def _rule(device: DeviceView, budget: Budget) -> DeviceBudget:
         return budget.host
     by_uuid = budget.gpus.get(device.id.name)
     return by_uuid or budget.gpus.get(str(device.index)) or budget.gpu_default
-
-
-def _account(device: DeviceView, promises: Iterable[tuple[int, int, _Promise]], limit: Bytes) -> DeviceAccount:
-    reserved = untaken = releasing = lent = 0
-    for promised, taken, promise in promises:
-        reserved += promised
-        releasing += promised if promise.leaving else 0
-        lent += promised if promise.lent else 0
-        untaken += 0 if promise.gone else max(0, promised - taken)
-    return DeviceAccount(
-        device=device.id,
-        limit=limit,
-        reserved=Bytes(reserved),
-        untaken=Bytes(untaken),
-        releasing=Bytes(releasing),
-        lent=Bytes(lent),
-        free=device.free,
-        room=Bytes(min(limit - reserved, device.free - untaken)),
-    )

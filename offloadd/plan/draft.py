@@ -24,8 +24,6 @@ from offloadd.state.ids import LOCAL, DeviceId, InstanceId, ModelName
 from offloadd.state.observed import LEAVING, InstanceState, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant, counted
 
-_SENDS_AWAY = (DrainInstance, StopInstance)
-
 
 def requests_run(number: int) -> str:
     """How many requests an instance holds, in words."""
@@ -47,6 +45,7 @@ class Draft:
         self.loans: dict[str, str] = {}
         self._grants: list[GrantLoan] = []
         self._actions: dict[InstanceId, Action] = {}
+        self._sent_away: dict[DeviceId, int] = {}
         self._wake_at: Instant | None = None
         self._by_model: dict[ModelName, list[InstanceView]] = {}
         for view in sorted(observed.instances.values(), key=lambda v: v.id):
@@ -74,14 +73,7 @@ class Draft:
 
     def leaving(self, device: DeviceId) -> Bytes:
         """Bytes that come back by themselves: of instances on their way out, those that this plan sends away included."""
-        sent = [
-            view
-            for view in self.observed.instances.values()
-            if view.state not in LEAVING and isinstance(self.action(view), _SENDS_AWAY)
-        ]
-        same = pool(device, self.observed.devices)
-        going = sum(view.placement.reserved.get(each, 0) for view in sent for each in same)
-        return Bytes(self.ledger.accounts[device].releasing + going)
+        return Bytes(self.ledger.accounts[device].releasing + self._sent_away.get(device, 0))
 
     def room_after(self, views: Iterable[InstanceView]) -> Room:
         """The room when these have left too, beside all that is on its way out."""
@@ -129,13 +121,21 @@ class Draft:
             self.stop(view, reason, why)
         elif view.state is not InstanceState.DRAINING:
             deadline = Instant(self.now + self.spec_of(view).drain_timeout)
-            self._actions[view.id] = DrainInstance(instance=view.id, deadline=deadline, why=f"{why}; {requests_run(held)}")
+            self._send_away(view, DrainInstance(instance=view.id, deadline=deadline, why=f"{why}; {requests_run(held)}"))
             self.wake(deadline)
 
     def stop(self, view: InstanceView, reason: StopReason, why: str) -> None:
         """End an instance now, whatever it holds."""
         if not self.acted_on(view) and view.state not in (InstanceState.STOPPING, InstanceState.EXITED):
-            self._actions[view.id] = StopInstance(instance=view.id, reason=reason, why=why)
+            self._send_away(view, StopInstance(instance=view.id, reason=reason, why=why))
+
+    def _send_away(self, view: InstanceView, action: DrainInstance | StopInstance) -> None:
+        self._actions[view.id] = action
+        if view.state in LEAVING:
+            return  # the books count it as leaving already
+        for device, size in view.placement.reserved.items():
+            for each in pool(device, self.observed.devices):
+                self._sent_away[each] = self._sent_away.get(each, 0) + size
 
     def forget(self, view: InstanceView) -> None:
         """Drop an exited instance from the books."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from offloadd.state.actions import DeviceAccount
 from offloadd.state.desired import ModelSpec
@@ -151,11 +152,15 @@ def _divided(need: VramEstimate, room: Room, gpus: Sequence[DeviceId], *, exactl
     """Whole layers in a row on each of as few GPUs as will do, the roomiest; with `exactly`, on all of them."""
     if not need.layers or len(gpus) < 2 or not _host_has(need.host, room):
         return None
-    roomiest = sorted(gpus, key=lambda gpu: (-room.get(gpu, 0), gpus.index(gpu)))
+    order = {gpu: index for index, gpu in enumerate(gpus)}
+    roomiest = sorted(gpus, key=lambda gpu: (-room.get(gpu, 0), order[gpu]))
+    capacity = list(accumulate(room.get(gpu, 0) - need.fixed for gpu in roomiest))
+    wanted = sum(need.layers)
     for count in range(len(gpus) if exactly else 2, len(gpus) + 1):
-        chosen = sorted(roomiest[:count], key=gpus.index)
-        capacity = [room.get(gpu, 0) - need.fixed for gpu in chosen]
-        counts = _share_out(need.layers, capacity)
+        if capacity[count - 1] < wanted:
+            continue
+        chosen = sorted(roomiest[:count], key=order.__getitem__)
+        counts = _share_out(need.layers, [room.get(gpu, 0) - need.fixed for gpu in chosen])
         if counts:
             return _division(need, chosen, counts)
     return None
@@ -213,7 +218,7 @@ def _with_host(reserved: dict[DeviceId, Bytes], host: Bytes) -> dict[DeviceId, B
 
 
 def _short(need: VramEstimate, spec: ModelSpec, room: Room, site: Site, gpus: Sequence[DeviceId]) -> NoRoom:
-    nearest = max(gpus, key=lambda gpu: (site.accounts[gpu].limit, room.get(gpu, 0), -gpus.index(gpu)))
+    nearest = max(gpus, key=lambda gpu: (site.accounts[gpu].limit, room.get(gpu, 0)))  # the first of equals
     return NoRoom(
         need=need.total,
         device=nearest,

@@ -26,6 +26,8 @@ _BY_INSTANCE = (
 
 def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
     """The model's decision: what its best instance does, else what came of the wish for one."""
+    if not want.count and not draft.instances(want.spec.name):
+        return Decision(model=want.spec.name, state=ModelState.OFF, sentence=outcome.sentence)  # the many that nobody asks for
     views = [view for view in draft.instances(want.spec.name) if not isinstance(draft.action(view), StopInstance)]
     for seen, state in _BY_INSTANCE:
         best = next((view for view in reversed(views) if view.state is seen), None)

@@ -18,14 +18,14 @@ from tests.sim.world import Impossible
 
 
 def leaving_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = accounting._account
-    stay = lambda books: [entry for entry in books if not entry[2].leaving]  # noqa: E731
-    monkeypatch.setattr(accounting, "_account", lambda device, books, limit: real(device, stay(books), limit))
+    real = accounting._add
+    monkeypatch.setattr(accounting, "_add", lambda *books, leaving=False, **rest: None if leaving else real(*books, **rest))
 
 
 def free_memory_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = accounting._account
-    monkeypatch.setattr(accounting, "_account", lambda device, views, limit: real(replace(device, free=device.total), views, limit))
+    real = accounting._Sums.account
+    blind = lambda sums, device, limit: real(sums, replace(device, free=device.total), limit)  # noqa: E731
+    monkeypatch.setattr(accounting._Sums, "account", blind)
 
 
 def busy_instances_are_stopped_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
