@@ -34,6 +34,7 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_
 _MIB = 2**20
 _CELLS = 256
 """llama-server rounds the context of a slot up to a multiple of this."""
+_CHECKPOINTS = 4
 _BATCH = 2048
 _UBATCH = 512
 """llama-server's own defaults, in tokens."""
@@ -181,7 +182,8 @@ class LlamaCpp:
             return VramEstimate(total=spec.vram, basis=f"vram: {format_bytes(spec.vram)} in the config", host=prompts)
         if facts.shape is None:
             return _by_size(facts.size or Bytes(0), prompts)
-        return _by_shape(_memory(spec, facts.shape), prompts)
+        memory = _memory(spec, facts.shape)
+        return _by_shape(memory, Bytes(prompts + memory.checkpoint * _CHECKPOINTS * spec.parallel))
 
     def launch(self, engine: Engine, spec: ModelSpec, facts: ModelFacts, placement: Placement, endpoint: Endpoint) -> Launch:
         """`llama-server` on one loopback port with everything pinned that it would otherwise guess."""
@@ -198,6 +200,8 @@ class LlamaCpp:
             # Each open connection holds a thread; with the default, a burst starves /health.
             *("--threads-http", str(spec.parallel + 12)),
             "--metrics",
+            # Of sliding and recurrent layers' states, in RAM; the default of 32 for each slot would be in nobody's budget.
+            *("--ctx-checkpoints", str(_CHECKPOINTS)),
             *_device_flags(placement),
             *_option_flags(_options(spec)),
             *engine.args,
@@ -263,17 +267,24 @@ def _memory(spec: ModelSpec, shape: ModelShape) -> LlamaMemory:
     )
 
 
-def _by_shape(memory: LlamaMemory, prompts: Bytes) -> VramEstimate:
+def _by_shape(memory: LlamaMemory, ram: Bytes) -> VramEstimate:
+    """The parts of a server that keeps `ram` bytes of prompts and checkpoints in host RAM."""
     layers = memory.per_layer
+    fixed = Bytes(memory.fixed_device + _slack(memory))
     basis = f"weights {format_bytes(memory.weights)} + cache {format_bytes(memory.cache)} + work {format_bytes(memory.compute)}"
     return VramEstimate(
-        total=Bytes(sum(layers) + memory.fixed_device),
+        total=Bytes(sum(layers) + fixed),
         basis=basis,
         layers=layers,
-        fixed=memory.fixed_device,
-        host=Bytes(memory.host + prompts),
-        on_host=Bytes(memory.total + _PROGRAM + prompts),
+        fixed=fixed,
+        host=Bytes(memory.host + ram),
+        on_host=Bytes(memory.total + _slack(memory) + ram),
     )
+
+
+def _slack(memory: LlamaMemory) -> int:
+    """The rules miss work buffers by up to a quarter either way (docs/memory.md); the program itself takes some, too."""
+    return max(_PROGRAM, memory.compute // 4)
 
 
 def _by_size(size: Bytes, prompts: Bytes) -> VramEstimate:

@@ -84,6 +84,9 @@ class LlamaMemory:
     projector: Bytes = Bytes(0)
     adapters: Bytes = Bytes(0)
     draft: LlamaMemory | None = None
+    checkpoint: Bytes = Bytes(0)
+    """One saved state of one slot, where layers slide or are recurrent. In no sum: the server keeps up to `--ctx-checkpoints` of
+    them for each slot in host RAM, as conversations go on."""
 
     @property
     def weights(self) -> Bytes:
@@ -211,6 +214,7 @@ def llama_memory(
         projector=_projector(projector) if projector else Bytes(0),
         adapters=Bytes(sum(adapter.weights for adapter in adapters)),
         draft=draft,
+        checkpoint=Bytes(sum(sizes.checkpoint(layer) for layer in shape.layers)),
     )
 
 
@@ -246,6 +250,13 @@ class _Sizes:
         # Without flash attention values lie transposed, all layers as wide as the widest.
         v_row = layer.v_row if self._flash or not layer.v_row else self._widest_value
         return Bytes(cells * (_row(layer.k_row, self._key) + _row(v_row, self._value)) + layer.state * _F32 * self._parallel)
+
+    def checkpoint(self, layer: LayerShape) -> int:
+        """The part of one layer's cache that a checkpoint of one sequence copies, at most."""
+        states = layer.state * _F32
+        if layer.cache != LayerCache.SLIDING:
+            return states
+        return self._sliding_cells * (_row(layer.k_row, self._key) + _row(layer.v_row, self._value)) + states
 
     def _cells_of(self, layer: LayerShape) -> int:
         cells = {LayerCache.FULL: self._cells, LayerCache.SLIDING: self._sliding_cells}

@@ -122,9 +122,7 @@ class GpuBudget(Section):
 class BudgetSection(Section):
     """Memory that may be promised to instances."""
 
-    gpus: Annotated[dict[fields.GpuKey, GpuBudget], NotYet("GPU memory is not accounted for yet", bool)] = Field(
-        default_factory=dict
-    )
+    gpus: dict[fields.GpuKey, GpuBudget] = Field(default_factory=dict)
     """Per GPU: by index, by UUID, or `default` for all others."""
     host: HostBudget = HostBudget()
     """RAM, the only device on a machine with no GPU."""
@@ -260,11 +258,9 @@ class ModelSettings(Section):
     """Sequences at once."""
     gpu_layers: fields.Layers = _MODEL.gpu_layers
     """llama.cpp: layers on the GPU. `auto` is as many as fit when `partial` is true, else all or none."""
-    partial: Annotated[bool, NotYet("a model is not yet split between GPU and RAM by itself", bool)] = _MODEL.partial
+    partial: bool = _MODEL.partial
     """Whether it may run with only a part of its layers on the GPU."""
-    devices: Annotated[fields.Devices, NotYet("a model cannot be tied to GPUs yet", lambda value: isinstance(value, tuple))] = (
-        _MODEL.devices
-    )
+    devices: fields.Devices = _MODEL.devices
     """`auto`, `cpu`, or a list of GPU indexes or UUIDs."""
     vram: fields.SizeOrAuto = _MODEL.vram
     """Memory of one instance. `auto` is what was learned, else estimated; a size wins over both."""

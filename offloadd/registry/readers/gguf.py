@@ -236,9 +236,9 @@ class _FileReader:
             places.at.append(self._source.position)
             name = self._text("a tensor's name", MAX_NAME_BYTES)
             elements, width = self._dimensions(name)
-            kind, offset = self._number(self._u32), self._number(self._u64)
-            places.offsets.append(offset)
-            tensors.append(Tensor(name, elements, self._bytes(name, kind, elements, width), width))
+            size = self._bytes(name, elements, width)
+            places.offsets.append(self._number(self._u64))
+            tensors.append(Tensor(name, elements, size, width))
         alignment = self._alignment()
         start = -(-self._source.position // alignment) * alignment
         return places.check(tensors, start, alignment, self._source)
@@ -258,13 +258,15 @@ class _FileReader:
             width = size if index == 0 else width
         return elements, width
 
-    def _bytes(self, name: str, kind: int, elements: int, width: int) -> int:
+    def _bytes(self, name: str, elements: int, width: int) -> int:
         """-1 for a type that came after us: its place in the file will tell."""
+        at = self._source.position
+        kind = self._number(self._u32)
         if kind not in BLOCKS:
             return -1
         block, size = BLOCKS[kind]
         if width % block:
-            raise self._source.refuse(f"{name}: rows of {width} elements are not whole blocks of {block}")
+            raise self._source.refuse(f"{name}: rows of {width} elements are not whole blocks of {block}", at=at)
         return elements // block * size
 
     def _alignment(self) -> int:

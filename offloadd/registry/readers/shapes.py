@@ -75,7 +75,7 @@ class Tally:
 
 
 def _companion(facts: Facts, tally: Tally, kind: str) -> ModelShape:
-    """A projector or an adapter: loaded whole, beside a model."""
+    """A projector or an adapter: loaded whole, beside a model. A projector's context is the patches of one image."""
     part = "vision." if facts.number("vision.block_count") else ""
     edge, patch = facts.number(f"{part}image_size"), facts.number(f"{part}patch_size")
     return ModelShape(
