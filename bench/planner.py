@@ -10,9 +10,9 @@ from dataclasses import replace
 from offloadd.plan.planner import plan
 from offloadd.state.demand import Demand, Waiting
 from offloadd.state.desired import DesiredState, ModelSpec
-from offloadd.state.ids import HOST_RAM, LOCAL, BackendName, DeviceId, InstanceId, ModelName
+from offloadd.state.ids import HOST_RAM, LOCAL, BackendName, DeviceId, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Candidate, ModelFacts, Placement, VramEstimate
-from offloadd.state.observed import DeviceKind, DeviceView, InstanceState, InstanceView, ObservedState
+from offloadd.state.observed import DeviceView, InstanceState, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant
 
 GIB = 2**30

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from offloadd.state.desired import BackendOptions, Engine, ModelSpec
+from offloadd.state.ids import DeviceKind
 from offloadd.state.launch import (
     Endpoint,
     ExitCause,
@@ -41,6 +42,12 @@ class Backend(Protocol):
     """True when a client that leaves ends a streaming request only, and any other runs to its end."""
     version_argv: tuple[str, ...]
     """Arguments that make the program print its version and exit."""
+    devices_argv: tuple[str, ...]
+    """Arguments that make it list the GPUs that it can use and exit; empty when it cannot."""
+
+    def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
+        """Kinds of GPUs in that list; None when the text is no such list."""
+        ...
 
     def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate:
         """Predict the memory of one instance."""

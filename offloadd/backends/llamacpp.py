@@ -12,6 +12,7 @@ from typing import Literal
 from offloadd.backends.base import ExitPattern, default_exit, match_exit
 from offloadd.backends.memory import LlamaMemory, llama_memory
 from offloadd.state.desired import BackendOptions, Engine, ModelSpec
+from offloadd.state.ids import DeviceKind
 from offloadd.state.launch import (
     Endpoint,
     ExitCause,
@@ -34,6 +35,10 @@ CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_
 _MIB = 2**20
 _CELLS = 256
 """llama-server rounds the context of a slot up to a multiple of this."""
+_GPU_KINDS = (
+    (re.compile(r"^\s*(CUDA\d+:|Vulkan\d+: .*(NVIDIA|GeForce))", re.MULTILINE), DeviceKind.NVIDIA),
+    (re.compile(r"^\s*(ROCm\d+:|HIP\d+:|Vulkan\d+: .*(AMD|Radeon))", re.MULTILINE), DeviceKind.AMD),
+)
 _CHECKPOINTS = 4
 _BATCH = 2048
 _UBATCH = 512
@@ -174,6 +179,12 @@ class LlamaCpp:
     reads_hub_ids = False
     cancels_only_streams = True
     version_argv = ("--version",)
+    devices_argv = ("--list-devices",)
+
+    def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
+        """Lines such as `CUDA0: NVIDIA GeForce RTX 3060 (12288 MiB, 11650 MiB free)` below `Available devices:`."""
+        _, found, listed = text.partition("Available devices:")
+        return frozenset(kind for pattern, kind in _GPU_KINDS if pattern.search(listed)) if found else None
 
     def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate:
         """From the file's header, part by part; from its size where the header cannot be read; `vram` in the config wins."""

@@ -6,8 +6,8 @@ from collections.abc import Container, Hashable, Mapping
 
 from offloadd.observe.devices import held_by
 from offloadd.observe.processes import own_memory, program_name, read_children, tree
-from offloadd.state.ids import HOST_RAM, DeviceId
-from offloadd.state.observed import DeviceKind, DeviceView, ForeignProcess, InstanceState, InstanceView
+from offloadd.state.ids import HOST_RAM, DeviceId, DeviceKind
+from offloadd.state.observed import DeviceView, ForeignProcess, InstanceState, InstanceView
 from offloadd.units import Bytes
 
 MAX_FOREIGN = 20

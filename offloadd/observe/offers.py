@@ -9,20 +9,21 @@ from dataclasses import replace
 from offloadd.backends.base import Backend, fingerprint
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.launch import Candidate, Footprint, ModelFacts, VramEstimate
+from offloadd.state.observed import EngineView
 from offloadd.units import Bytes, format_bytes
 
 
 def make_offer(
-    backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelFacts, version: str, footprints: Mapping[str, Footprint]
+    backend: Backend, engine: Engine, view: EngineView, spec: ModelSpec, facts: ModelFacts, footprints: Mapping[str, Footprint]
 ) -> Candidate:
     """The candidate: its fingerprint, and its need as learned, else as estimated; `vram` in the config wins over both."""
     mark = fingerprint(backend, engine, spec, facts)
     estimate = backend.estimate(spec, facts)
-    key = footprint_key(facts, mark, version)
+    key = footprint_key(facts, mark, view.version)
     known = footprints.get(key)
     if known is not None and spec.vram == "auto":
         estimate = as_learned(estimate, known.peak)
-    return Candidate(backend=engine.name, facts=facts, fingerprint=mark, estimate=estimate, footprint_key=key)
+    return Candidate(backend=engine.name, facts=facts, fingerprint=mark, estimate=estimate, gpus=view.gpus, footprint_key=key)
 
 
 def footprint_key(facts: ModelFacts, mark: str, version: str) -> str:

@@ -16,9 +16,9 @@ from offloadd.observe.holdings import Holdings
 from offloadd.observe.offers import make_offer
 from offloadd.observe.sources import Sources
 from offloadd.state.desired import DesiredState, ModelSpec
-from offloadd.state.ids import BackendName, DeviceId, ModelName
+from offloadd.state.ids import BackendName, DeviceId, DeviceKind, ModelName
 from offloadd.state.launch import Candidate, Footprint, ModelFacts
-from offloadd.state.observed import DeviceKind, DeviceView, EngineView, ObservedState
+from offloadd.state.observed import DeviceView, EngineView, ObservedState
 from offloadd.state.shape import ModelShape
 from offloadd.units import Seconds
 
@@ -125,7 +125,7 @@ class Observer:
             return Candidate(backend=name, facts=facts, problem=view.problem, hint=view.hint)
         if backend is None or view is None or facts.problem or facts.size is None:
             return Candidate(backend=name, facts=facts, problem=facts.problem, hint=facts.hint)  # without one: not known yet
-        return make_offer(backend, engine, spec, facts, view.version, self._footprints)
+        return make_offer(backend, engine, view, spec, facts, self._footprints)
 
     async def _in_time(self, what: str, read: Callable[[], T]) -> T | None:
         """Call `read` in a thread, under a deadline; None when it fails or is late, and `problems` says so.

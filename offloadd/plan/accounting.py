@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from offloadd.state.actions import DeviceAccount
 from offloadd.state.demand import Loan
 from offloadd.state.desired import Budget, DeviceBudget
-from offloadd.state.ids import HOST_RAM, DeviceId
-from offloadd.state.observed import LEAVING, DeviceKind, DeviceView, InstanceState, InstanceView
+from offloadd.state.ids import HOST_RAM, DeviceId, DeviceKind
+from offloadd.state.observed import LEAVING, DeviceView, InstanceState, InstanceView
 from offloadd.units import Bytes, Share
 
 

@@ -11,9 +11,8 @@ from offloadd.plan.room import Claimant, Short, make_room
 from offloadd.plan.sentences import short_sentence
 from offloadd.state.actions import GrantLoan
 from offloadd.state.demand import Loan
-from offloadd.state.ids import DeviceId
+from offloadd.state.ids import DeviceId, DeviceKind
 from offloadd.state.launch import Placement
-from offloadd.state.observed import DeviceKind
 from offloadd.units import Bytes, format_bytes
 
 

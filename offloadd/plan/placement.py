@@ -8,12 +8,13 @@ from itertools import accumulate
 
 from offloadd.state.actions import DeviceAccount
 from offloadd.state.desired import ModelSpec
-from offloadd.state.ids import HOST_RAM, DeviceId
+from offloadd.state.ids import HOST_RAM, DeviceId, DeviceKind
 from offloadd.state.launch import Placement, VramEstimate
-from offloadd.state.observed import DeviceKind, DeviceView
+from offloadd.state.observed import DeviceView
 from offloadd.units import Bytes, format_bytes
 
 Room = Mapping[DeviceId, Bytes]
+Kinds = frozenset[DeviceKind] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,16 +61,16 @@ class NoRoom:
         return f"{need} on {self.label}, {format_bytes(max(0, self.room))} free"
 
 
-def place(need: VramEstimate, spec: ModelSpec, room: Room, site: Site) -> Placement | NoRoom:
+def place(need: VramEstimate, spec: ModelSpec, room: Room, site: Site, usable: Kinds = None) -> Placement | NoRoom:
     """The best place for one instance in this room, or what is short.
 
     GPUs where there are any, the CPU where there are none or where the config asks for it. One device where one suffices, the one
     that is left with the least room; then as few as possible, each with a share of the layers; then, with `partial`, as many layers
-    on one GPU as fit.
+    on one GPU as fit. `usable` are the kinds of GPUs that the engine can use, None when that is not known.
     """
     if not room:
         return NoRoom(need=need.total, why=site.blind)
-    gpus = _gpus(spec, site)
+    gpus = _gpus(spec, site, usable)
     if isinstance(gpus, str):
         return NoRoom(need=need.total, why=gpus)
     if not gpus:
@@ -78,18 +79,25 @@ def place(need: VramEstimate, spec: ModelSpec, room: Room, site: Site) -> Placem
     return found or _short(need, spec, room, site, gpus)
 
 
-def _gpus(spec: ModelSpec, site: Site) -> Sequence[DeviceId] | str:
+def _gpus(spec: ModelSpec, site: Site, usable: Kinds) -> Sequence[DeviceId] | str:
     """GPUs that the model may use, by index, none when it is the CPU's; or why that cannot be said now."""
-    views = sorted((v for v in site.devices.values() if v.kind is not DeviceKind.HOST), key=lambda v: (v.index, v.id))
-    if spec.devices == "cpu" or spec.gpu_layers == 0:
+    if spec.devices == "cpu" or spec.gpu_layers == 0 or usable == frozenset():
         return ()
+    views = [v for v in site.devices.values() if v.kind is not DeviceKind.HOST and (usable is None or v.kind in usable)]
+    views.sort(key=lambda v: (v.index, v.id))
     if spec.devices == "auto":
-        return site.blind or [view.id for view in views]
+        return site.blind or [view.id for view in _of_one_kind(views)]
     named = [_named(name, views) for name in spec.devices]
     missing = [name for name, view in zip(spec.devices, named, strict=True) if view is None]
     if missing:
         return site.blind or f"there is no device {', '.join(missing)}"
     return [view.id for view in named if view is not None]
+
+
+def _of_one_kind(views: Sequence[DeviceView]) -> list[DeviceView]:
+    """NVIDIA's where there are any, as a process uses one maker's. A processor's own graphics only if named: it is no faster."""
+    kind = DeviceKind.NVIDIA if any(view.kind is DeviceKind.NVIDIA for view in views) else DeviceKind.AMD
+    return [view for view in views if view.kind is kind and not (kind is DeviceKind.AMD and view.unified)]
 
 
 def _named(name: str, views: Sequence[DeviceView]) -> DeviceView | None:

@@ -176,7 +176,7 @@ def _start_one(
     """Start with the first engine that has room; else make room for the first that can have it; else say what is short."""
     shortages: list[Short] = []
     for candidate, need in offers:
-        attempt = partial(place, need, want.spec, site=draft.site)
+        attempt = partial(place, need, want.spec, site=draft.site, usable=candidate.gpus)
         answer = attempt(draft.ledger.room)
         if isinstance(answer, Placement):
             action = StartInstance(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NewType
 
 HostId = NewType("HostId", str)
@@ -10,6 +11,14 @@ ModelName = NewType("ModelName", str)
 BackendName = NewType("BackendName", str)
 
 LOCAL = HostId("local")
+
+
+class DeviceKind(StrEnum):
+    """What a memory is."""
+
+    HOST = "host"
+    NVIDIA = "nvidia"
+    AMD = "amd"
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from offloadd.state.ids import BackendName, DeviceId, ModelName
+from offloadd.state.ids import BackendName, DeviceId, DeviceKind, ModelName
 from offloadd.state.shape import ModelShape
 from offloadd.units import Bytes, Seconds
 
@@ -190,6 +190,8 @@ class Candidate:
     facts: ModelFacts
     fingerprint: str = ""
     estimate: VramEstimate | None = None
+    gpus: frozenset[DeviceKind] | None = None
+    """Kinds of GPUs that the engine can use; None when that is not known, and then any."""
     footprint_key: str = ""
     """Under which the registry keeps what such a launch was measured to take."""
     problem: str = ""

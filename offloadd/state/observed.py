@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from offloadd.state.desired import ModelSpec
-from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
+from offloadd.state.ids import BackendName, DeviceId, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Candidate, Endpoint, ExitCause, ExitStatus, Placement
 from offloadd.units import Bytes, Instant, Seconds
 
@@ -84,14 +84,6 @@ class ExitRecord:
     """Last lines of its log, control characters escaped."""
 
 
-class DeviceKind(StrEnum):
-    """What a memory is."""
-
-    HOST = "host"
-    NVIDIA = "nvidia"
-    AMD = "amd"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceView:
     """One device's memory as read; `free` is what a new allocation could get."""
@@ -130,6 +122,8 @@ class EngineView:
     name: BackendName
     version: str = ""
     path: str = ""
+    gpus: frozenset[DeviceKind] | None = None
+    """Kinds of GPUs that it can use here, by its own word; None when it does not tell."""
     problem: str = ""
     hint: str = ""
 

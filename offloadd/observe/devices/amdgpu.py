@@ -8,8 +8,8 @@ from pathlib import Path
 
 from offloadd.observe.devices.fdinfo import Uses, read_uses
 from offloadd.observe.devices.ram import Ram, read_ram
-from offloadd.state.ids import LOCAL, DeviceId
-from offloadd.state.observed import DeviceKind, DeviceView
+from offloadd.state.ids import LOCAL, DeviceId, DeviceKind
+from offloadd.state.observed import DeviceView
 from offloadd.units import Bytes
 
 DRM = Path("/sys/class/drm")

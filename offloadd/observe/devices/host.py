@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 
 from offloadd.observe.devices.ram import CGROUPS, MEMBERSHIP, Ram, read_ram, within_cgroups
-from offloadd.state.ids import HOST_RAM
-from offloadd.state.observed import DeviceKind, DeviceView
+from offloadd.state.ids import HOST_RAM, DeviceKind
+from offloadd.state.observed import DeviceView
 from offloadd.units import Bytes
 
 

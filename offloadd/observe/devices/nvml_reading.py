@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from offloadd.observe.devices import nvml_calls as calls
 from offloadd.observe.devices.nvml_calls import Handle, Nvml, NvmlError
 from offloadd.observe.devices.ram import Ram
-from offloadd.state.ids import LOCAL, DeviceId
-from offloadd.state.observed import DeviceKind, DeviceView
+from offloadd.state.ids import LOCAL, DeviceId, DeviceKind
+from offloadd.state.observed import DeviceView
 from offloadd.units import Bytes
 
 

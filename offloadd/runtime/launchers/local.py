@@ -11,13 +11,11 @@ from pathlib import Path
 
 import psutil
 
+from offloadd.environment import engine_environment
 from offloadd.state.launch import ExitStatus, Launch
 
 MARK = "OFFLOADD_INSTANCE"
 HOME_MARK = "OFFLOADD_DATA_DIR"
-
-_INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "XDG_CACHE_HOME", "SSL_CERT_FILE")
-"""Variables that pass from the daemon to engines. All others would be surprises: LLAMA_ARG_*, VLLM_PORT, keys of the daemon."""
 
 
 class LocalProcess:
@@ -87,8 +85,7 @@ class LocalLauncher:
         return _kill_all(_marked(HOME_MARK, str(self._home)))
 
     def _environment(self, added: Mapping[str, str], mark: str) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        return {**kept, **added, MARK: mark, HOME_MARK: str(self._home)}
+        return engine_environment({**added, MARK: mark, HOME_MARK: str(self._home)})
 
 
 def _status(result: os.waitid_result | None) -> ExitStatus:

@@ -8,9 +8,9 @@ from offloadd.plan.planner import plan
 from offloadd.state.actions import Plan
 from offloadd.state.demand import Demand, Waiting
 from offloadd.state.desired import DesiredState, ModelSpec
-from offloadd.state.ids import HOST_RAM, LOCAL, BackendName, InstanceId, ModelName
+from offloadd.state.ids import HOST_RAM, LOCAL, BackendName, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Candidate, ExitCause, ExitKind, ExitStatus, ModelFacts, Placement, VramEstimate
-from offloadd.state.observed import DeviceKind, DeviceView, ExitRecord, InstanceState, InstanceView, ObservedState
+from offloadd.state.observed import DeviceView, ExitRecord, InstanceState, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant
 
 NOW = Instant(1000.0)

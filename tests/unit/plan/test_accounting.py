@@ -8,9 +8,9 @@ from offloadd.plan.accounting import Ledger, limit_of, open_accounts
 from offloadd.state.actions import DeviceAccount
 from offloadd.state.demand import Loan
 from offloadd.state.desired import Budget, DeviceBudget
-from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId
+from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId, DeviceKind
 from offloadd.state.launch import Placement
-from offloadd.state.observed import DeviceKind, DeviceView, InstanceState, InstanceView
+from offloadd.state.observed import DeviceView, InstanceState, InstanceView
 from offloadd.units import Share
 from tests.unit.plan.build import NOW, gib, ram, view
 

@@ -9,9 +9,9 @@ import pytest
 from offloadd.plan.placement import NoRoom, Site, place
 from offloadd.state.actions import DeviceAccount
 from offloadd.state.desired import ModelSpec
-from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId
+from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId, DeviceKind
 from offloadd.state.launch import Placement, VramEstimate
-from offloadd.state.observed import DeviceKind, DeviceView
+from offloadd.state.observed import DeviceView
 from offloadd.units import Bytes
 from tests.unit.plan.build import gib, spec
 
@@ -155,3 +155,25 @@ def test_without_a_reading_nothing_is_known_to_be_short() -> None:
 def test_a_gpu_that_cannot_be_read_sends_nobody_to_the_cpu() -> None:
     answer = place_in(1, {HOST_RAM: 60}, blind="the NVIDIA driver does not answer")
     assert sentence(answer) == "needs 1.0 GiB, and the NVIDIA driver does not answer"
+
+
+def test_an_engine_that_cannot_use_the_gpu_goes_to_the_cpu() -> None:
+    rooms = {ONE: 8.0, HOST_RAM: 60.0}
+    need = VramEstimate(total=gib(3), basis="given")
+    room = {device: gib(size) for device, size in rooms.items()}
+    assert place(need, spec("m"), room, site(rooms), frozenset()) == Placement(reserved={HOST_RAM: gib(3)})
+    assert place(need, spec("m"), room, site(rooms), frozenset({DeviceKind.AMD})) == Placement(reserved={HOST_RAM: gib(3)})
+    assert place(need, spec("m"), room, site(rooms), frozenset({DeviceKind.NVIDIA})) == Placement(
+        reserved={ONE: gib(3)}, gpus=(ONE,)
+    )
+
+
+def test_a_processors_own_graphics_is_taken_only_when_named() -> None:
+    rooms = {ONE: 8.0, TWO: 4.0, HOST_RAM: 60.0}
+    there = site(rooms)
+    graphics = replace(there.devices[TWO], kind=DeviceKind.AMD, unified=True, index=0)
+    there = replace(there, devices={**there.devices, TWO: graphics})
+    need = VramEstimate(total=gib(3), basis="given")
+    room = {device: gib(size) for device, size in rooms.items()}
+    assert place(need, spec("m"), room, there) == Placement(reserved={ONE: gib(3)}, gpus=(ONE,))
+    assert place(need, spec("m", devices=("GPU-b",)), room, there) == Placement(reserved={TWO: gib(3)}, gpus=(TWO,))

@@ -7,7 +7,7 @@ import pytest
 from offloadd.observe.devices import held_by
 from offloadd.observe.devices.amdgpu import AmdReader
 from offloadd.observe.devices.ram import Ram
-from offloadd.state.observed import DeviceKind
+from offloadd.state.ids import DeviceKind
 from tests.fakes.amdgpu import GIB, FakeAmd, client
 
 FIRST = "0000:03:00.0"

@@ -12,7 +12,7 @@ from offloadd.errors import TemporaryError
 from offloadd.observe.devices import held_by
 from offloadd.observe.devices.nvml import NO_DRIVER_WAIT, NvmlReader
 from offloadd.observe.devices.ram import Ram
-from offloadd.state.observed import DeviceKind
+from offloadd.state.ids import DeviceKind
 from tests.fakes.nvml import fake
 from tests.fakes.nvml.fake import GIB, FakeGpu, FakeNvml
 
