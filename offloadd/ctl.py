@@ -166,8 +166,8 @@ def _backends_table(answer: Any) -> Table:
 
 
 def _vram_table(answer: Any) -> Table:
-    table = Table("device", "total", "free", "limit", "reserved", "releasing", "room", box=None, pad_edge=False)
-    keys = ("total_bytes", "free_bytes", "limit_bytes", "reserved_bytes", "releasing_bytes", "room_bytes")
+    keys = ("total", "free", "foreign", "limit", "reserved", "lent", "releasing", "room")
+    table = Table("device", *keys, box=None, pad_edge=False)
     for device in answer["devices"]:
-        table.add_row(f"{device['id']} ({device['name']})", *(format_bytes(device[key]) for key in keys))
+        table.add_row(f"{device['id']} ({device['name']})", *(format_bytes(device[f"{key}_bytes"]) for key in keys))
     return table

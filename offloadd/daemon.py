@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -225,7 +225,7 @@ class Daemon:
         self._book.close("offloadd is shutting down")
         self._wake()
         deadline = self._clock.now() + GRACE
-        while self._executor.views() and self._clock.now() < deadline and not self._hurry.is_set():
+        while self._executor.alive() and self._clock.now() < deadline and not self._hurry.is_set():
             try:
                 async with asyncio.timeout(0.05):
                     await self._hurry.wait()
@@ -243,16 +243,20 @@ class Daemon:
                 async with asyncio.timeout(RELEASE_POLL if soon else REFRESH):
                     await self._look_soon.wait()
             self._look_soon.clear()
+            loaded = self._ready()
             if soon:
                 await self._observer.read_memory(self._pids())
-                self._wake()
-            elif await self._observer.refresh(self._desired(), self._pids()):
-                self._wake()
-            await self._learn()
+            else:
+                await self._observer.refresh(self._desired(), self._pids())
+            self._wake()
+            await self._learn(loaded & self._ready())
 
-    async def _learn(self) -> None:
-        """Keep what instances were seen to take, for the next launch of the same kind."""
-        found = learned(self._observed().instances.values())
+    def _ready(self) -> set[InstanceId]:
+        return {key for key, view in self._executor.views().items() if view.state is InstanceState.READY}
+
+    async def _learn(self, loaded: Container[InstanceId]) -> None:
+        """Keep what instances that were `loaded` all through a reading were seen to take, for the next launch of the same kind."""
+        found = learned(view for key, view in self._observed().instances.items() if key in loaded)
         fresh = {key: footprint for key, footprint in found.items() if is_news(footprint, self._saved.get(key))}
         if fresh:
             await asyncio.to_thread(self._registry.learn, fresh, self._clock.wall())

@@ -8,11 +8,12 @@ from typing import Any
 from offloadd import __version__
 from offloadd.api.picture import ConfigStatus, Picture
 from offloadd.plan.accounting import limit_of
+from offloadd.plan.placement import NoRoom, Site, place
 from offloadd.state.actions import Decision, DeviceAccount, ModelState
 from offloadd.state.demand import Loan
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.ids import DeviceId
-from offloadd.state.launch import Candidate
+from offloadd.state.launch import Candidate, Placement
 from offloadd.state.observed import LEAVING, DeviceView, ExitRecord, InstanceView
 
 Json = dict[str, Any]
@@ -107,7 +108,7 @@ def model(picture: Picture, spec: ModelSpec) -> Json:
         "parallel": spec.parallel,
         "size_bytes": next((c.facts.size for c in candidates if c.facts.size is not None), None),
         "backends": [_offer(c, decision) for c in candidates],
-        "fits": _fits(picture, candidates),
+        "fits": _fits(picture, spec, candidates),
         "vram": _vram(candidates, views),
         "waiting": waiting.count if waiting else 0,
         "instances": [instance(picture, view) for view in views],
@@ -165,6 +166,8 @@ def instance(picture: Picture, view: InstanceView) -> Json:
 def _device(picture: Picture, view: DeviceView) -> Json:
     account = picture.plan.accounts.get(view.id) or _empty_account(picture, view)
     held = [v for v in picture.observed.instances.values() if view.id in v.placement.reserved]
+    ours = sum(v.measured.get(view.id, 0) + v.unreleased.get(view.id, 0) for v in held)
+    ours += sum(loan.measured.get(view.id, 0) for loan in picture.demand.loans.values() if view.id in (loan.granted or {}))
     return {
         "id": view.id.name,
         "index": view.index,
@@ -176,7 +179,7 @@ def _device(picture: Picture, view: DeviceView) -> Json:
         "limit_bytes": account.limit,
         "reserved_bytes": account.reserved,
         "lent_bytes": account.lent,
-        "foreign_bytes": max(0, view.used - sum(v.measured.get(view.id, 0) for v in held)),
+        "foreign_bytes": max(0, view.used - ours),
         "releasing_bytes": account.releasing,
         "room_bytes": max(0, account.room),
         "utilization": view.utilization,
@@ -211,15 +214,19 @@ def _offer(candidate: Candidate, decision: Decision | None) -> Json:
     return {"name": candidate.backend, "available": not candidate.problem, "reason": problem, "hint": candidate.hint}
 
 
-def _fits(picture: Picture, candidates: Sequence[Candidate]) -> str:
-    """`now`, `after eviction` or `never`; `unknown` while no engine's need is known."""
-    needs = [c.estimate.total for c in candidates if c.estimate is not None]
-    accounts = picture.plan.accounts.values()
-    if not needs or not accounts:
-        return "unknown"
-    if any(account.room >= min(needs) for account in accounts):
+def _fits(picture: Picture, spec: ModelSpec, candidates: Sequence[Candidate]) -> str:
+    """`now`, `after eviction` or `never`; `unknown` while no engine's need is known, or no device that it may use."""
+    accounts = picture.plan.accounts
+    devices = {device: view for device, view in picture.observed.devices.items() if device in accounts}
+    site = Site(devices=devices, accounts=accounts, blind=picture.observed.blind)
+    room = {device: accounts[device].room for device in devices}
+    answers = [place(c.estimate, spec, room, site) for c in candidates if c.estimate is not None]
+    if any(isinstance(answer, Placement) for answer in answers):
         return "now"
-    return "after eviction" if any(account.limit >= min(needs) for account in accounts) else "never"
+    asked = [answer for answer in answers if isinstance(answer, NoRoom) and answer.device is not None]
+    if not asked:
+        return "unknown"
+    return "never" if all(answer.never for answer in asked) else "after eviction"
 
 
 def _vram(candidates: Sequence[Candidate], views: Sequence[InstanceView]) -> Json:

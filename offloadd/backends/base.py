@@ -49,6 +49,10 @@ class Backend(Protocol):
         """Kinds of GPUs in that list; None when the text is no such list."""
         ...
 
+    def companions(self, spec: ModelSpec) -> tuple[str, ...]:
+        """Other files that it loads beside the model, as the config names them; they come in `ModelFacts.companions`."""
+        ...
+
     def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate:
         """Predict the memory of one instance."""
         ...

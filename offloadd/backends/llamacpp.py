@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,9 +77,9 @@ class LlamaCppOptions(BackendOptions):
     reranking: bool = False
     """Serve `/v1/rerank`."""
     mmproj: str | None = None
-    """Path of the multimodal projector."""
+    """The multimodal projector: a file under `models_path`, or an absolute path."""
     lora: tuple[str, ...] = ()
-    """Paths of LoRA adapters, all applied."""
+    """LoRA adapters, all applied: files under `models_path`, or absolute paths."""
     chat_template_file: str | None = None
     """Path of a Jinja chat template that replaces the model's own."""
     reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
@@ -186,6 +186,11 @@ class LlamaCpp:
         _, found, listed = text.partition("Available devices:")
         return frozenset(kind for pattern, kind in _GPU_KINDS if pattern.search(listed)) if found else None
 
+    def companions(self, spec: ModelSpec) -> tuple[str, ...]:
+        """The multimodal projector and LoRA adapters."""
+        options = _options(spec)
+        return (*((options.mmproj,) if options.mmproj else ()), *options.lora)
+
     def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate:
         """From the file's header, part by part; from its size where the header cannot be read; `vram` in the config wins."""
         prompts = _options(spec).cache_ram
@@ -193,7 +198,7 @@ class LlamaCpp:
             return VramEstimate(total=spec.vram, basis=f"vram: {format_bytes(spec.vram)} in the config", host=prompts)
         if facts.shape is None:
             return _by_size(facts.size or Bytes(0), prompts)
-        memory = _memory(spec, facts.shape)
+        memory = _memory(spec, facts.shape, facts.companions)
         return _by_shape(memory, Bytes(prompts + memory.checkpoint * _CHECKPOINTS * spec.parallel))
 
     def launch(self, engine: Engine, spec: ModelSpec, facts: ModelFacts, placement: Placement, endpoint: Endpoint) -> Launch:
@@ -214,7 +219,7 @@ class LlamaCpp:
             # Of sliding and recurrent layers' states, in RAM; the default of 32 for each slot would be in nobody's budget.
             *("--ctx-checkpoints", str(_CHECKPOINTS)),
             *_device_flags(placement),
-            *_option_flags(_options(spec)),
+            *_option_flags(_options(spec), facts.companions),
             *engine.args,
             *spec.args,
         ]
@@ -261,8 +266,9 @@ def _cells(context: int) -> int:
     return -(-context // _CELLS) * _CELLS
 
 
-def _memory(spec: ModelSpec, shape: ModelShape) -> LlamaMemory:
+def _memory(spec: ModelSpec, shape: ModelShape, companions: Mapping[str, ModelFacts]) -> LlamaMemory:
     options = _options(spec)
+    shapes = {name: facts.shape for name, facts in companions.items() if facts.shape}
     ubatch = options.ubatch or _UBATCH
     return llama_memory(
         shape,
@@ -275,13 +281,15 @@ def _memory(spec: ModelSpec, shape: ModelShape) -> LlamaMemory:
         ubatch=ubatch,
         flash_attention=options.flash_attention != "off",
         embeddings=options.embeddings or options.reranking,
+        projector=shapes.get(options.mmproj or ""),
+        adapters=[shapes[name] for name in options.lora if name in shapes],
     )
 
 
 def _by_shape(memory: LlamaMemory, ram: Bytes) -> VramEstimate:
     """The parts of a server that keeps `ram` bytes of prompts and checkpoints in host RAM."""
     layers = memory.per_layer
-    fixed = Bytes(memory.fixed_device + _slack(memory))
+    fixed = Bytes(memory.fixed_device + memory.projector + memory.adapters + _slack(memory))
     basis = f"weights {format_bytes(memory.weights)} + cache {format_bytes(memory.cache)} + work {format_bytes(memory.compute)}"
     return VramEstimate(
         total=Bytes(sum(layers) + fixed),
@@ -321,7 +329,7 @@ def _visible(placement: Placement) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names, "ROCR_VISIBLE_DEVICES": names}
 
 
-def _option_flags(options: LlamaCppOptions) -> Iterator[str]:
+def _option_flags(options: LlamaCppOptions, companions: Mapping[str, ModelFacts]) -> Iterator[str]:
     valued: tuple[tuple[str, object], ...] = (
         ("--flash-attn", options.flash_attention),
         ("--cache-type-k", options.cache_type_k),
@@ -331,7 +339,7 @@ def _option_flags(options: LlamaCppOptions) -> Iterator[str]:
         ("--ubatch-size", options.ubatch),
         ("--threads", options.threads),
         ("--pooling", options.pooling),
-        ("--mmproj", options.mmproj),
+        ("--mmproj", options.mmproj and _found(options.mmproj, companions)),
         ("--chat-template-file", options.chat_template_file),
         ("--reasoning-format", options.reasoning_format),
     )
@@ -342,8 +350,13 @@ def _option_flags(options: LlamaCppOptions) -> Iterator[str]:
     for flag, on in switches:
         if on:
             yield flag
-    for path in options.lora:
-        yield from ("--lora", path)
+    for name in options.lora:
+        yield from ("--lora", _found(name, companions))
+
+
+def _found(name: str, companions: Mapping[str, ModelFacts]) -> str:
+    """Where the file is; as the config names it when it has not been looked for."""
+    return companions[name].path if name in companions else name
 
 
 def _listed(body: bytes) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Hashable, Mapping
+from typing import Any
 
 from offloadd.observe.devices import held_by
 from offloadd.observe.processes import own_memory, program_name, read_children, tree
@@ -26,6 +27,9 @@ class Holdings:
         self._last: dict[Hashable, Sizes] = {}
         self._free_then: dict[Hashable, Sizes] = {}
         self._free_now: Sizes = {}
+        self._trees: dict[Hashable, list[int]] = {}
+        self._unlisted_then: dict[Hashable, Sizes] = {}
+        self._devices: Mapping[DeviceId, DeviceView] = {}
         self.foreign: dict[DeviceId, tuple[ForeignProcess, ...]] = {}
 
     def measure(self, pids: Mapping[Hashable, int], devices: Mapping[DeviceId, DeviceView]) -> None:
@@ -35,16 +39,22 @@ class Holdings:
         fresh = {owner: _held(found, devices) for owner, found in trees.items()}
         ours = {pid for found in trees.values() for pid in found}
         self.foreign = {view.id: _foreign(view, ours) for view in devices.values() if view.processes}
+        self._devices = devices
         self._free_now = {device: view.free for device, view in devices.items()}
+        unlisted = {device: size for device, view in devices.items() if (size := _unlisted(view)) is not None}
         for owner, sizes in fresh.items():
             peaks = self._peaks.setdefault(owner, {})
             peaks.update({device: max(size, peaks.get(device, size)) for device, size in sizes.items()})
-            self._last[owner], self._free_then[owner] = sizes, self._free_now
-        self._held = dict(fresh)
+            # One that holds nothing now may be in the middle of its end, or its devices could not be read.
+            if owner not in self._last or any(size for device, size in sizes.items() if device != HOST_RAM):
+                self._last[owner], self._trees[owner] = sizes, trees[owner]
+                self._free_then[owner], self._unlisted_then[owner] = self._free_now, unlisted
+        self._held = fresh
 
     def forget(self, kept: Container[Hashable]) -> None:
         """Drop owners that are not on the books any more."""
-        for book in (self._peaks, self._last, self._free_then):
+        books: tuple[dict[Hashable, Any], ...] = (self._peaks, self._last, self._free_then, self._trees, self._unlisted_then)
+        for book in books:
             for owner in [owner for owner in book if owner not in kept]:
                 del book[owner]
 
@@ -57,20 +67,35 @@ class Holdings:
         return self._peaks.get(owner, {})
 
     def unreleased(self, view: InstanceView) -> Sizes:
-        """GPU memory of an ended instance that its devices do not show as free yet.
-
-        Judged by how much more is free now than when it was last measured alive: others may come and go meanwhile, so the planner
-        does not wait for this for ever.
-        """
+        """GPU memory of an ended instance that its devices do not show as free yet; all of it where they cannot be read."""
         if view.state is not InstanceState.EXITED:
             return {}
-        last, then = self._last.get(view.id, {}), self._free_then.get(view.id, {})
         missing: dict[DeviceId, Bytes] = {}
-        for device, size in last.items():
-            back = self._free_now.get(device, Bytes(0)) - then.get(device, Bytes(0))
-            if device != HOST_RAM and back < size * RETURNED:
-                missing[device] = Bytes(size - max(0, back))
+        for device, size in self._last.get(view.id, {}).items():
+            taken = min(size, self._still_taken(view.id, device, size))
+            if device != HOST_RAM and taken > size * (1 - RETURNED):
+                missing[device] = Bytes(taken)
         return missing
+
+    def _still_taken(self, owner: Hashable, device: DeviceId, size: Bytes) -> int:
+        """What the device still lists the tree with, and by how much more of it nobody is listed with than when the tree lived.
+
+        Where that is not known, what is free must tell; then others who come or go meanwhile are taken for it, so the planner does
+        not wait for this for ever.
+        """
+        view = self._devices.get(device)
+        before, now = self._unlisted_then.get(owner, {}).get(device), _unlisted(view) if view else None
+        if view is None or before is None or now is None:
+            return size - (self._free_now.get(device, Bytes(0)) - self._free_then.get(owner, {}).get(device, Bytes(0)))
+        return now - before + (held_by(view, self._trees[owner]) or 0)
+
+
+def _unlisted(view: DeviceView) -> Bytes | None:
+    """Bytes in use that no process is listed with; None where that cannot be told."""
+    sizes = None if view.processes is None or view.unified else list(view.processes.values())
+    if sizes is None or None in sizes:
+        return None
+    return Bytes(view.used - sum(size or 0 for size in sizes))
 
 
 def _foreign(view: DeviceView, ours: set[int]) -> tuple[ForeignProcess, ...]:

@@ -13,7 +13,7 @@ NEWS = 1.01
 
 
 def learned(views: Iterable[InstanceView]) -> dict[str, Footprint]:
-    """Peaks by footprint key, of instances that became ready.
+    """Peaks by footprint key, of instances that were measured while they were ready: one that still loads has not taken all.
 
     Only of those that lie whole on one GPU: there an engine takes all that it will take at its start. In RAM, pages are taken as
     they are touched, and a first look would teach too little.
@@ -22,7 +22,8 @@ def learned(views: Iterable[InstanceView]) -> dict[str, Footprint]:
     for view in views:
         if len(view.placement.gpus) != 1 or view.placement.split or view.ready_at is None or not view.footprint_key:
             continue
-        peak = view.peak.get(view.placement.gpus[0])
+        gpu = view.placement.gpus[0]
+        peak = view.peak.get(gpu) if view.measured.get(gpu) else None
         if peak and peak > found.get(view.footprint_key, Footprint(model=view.model, backend=view.backend, peak=Bytes(0))).peak:
             load = Seconds(view.ready_at - view.started_at)
             found[view.footprint_key] = Footprint(model=view.model, backend=view.backend, peak=peak, load_seconds=load)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -66,10 +66,9 @@ class Observer:
         """Use what earlier launches were seen to take."""
         self._footprints = footprints
 
-    async def refresh(self, desired: DesiredState, pids: Mapping[Hashable, int]) -> bool:
-        """Read everything again for this config and these processes; True when something the planner weighs is different."""
-        before = (self.candidates, {key: view.total for key, view in self.devices.items()}, self.blind)
-        sources = sorted({spec.source_for(name) for spec in desired.models.values() for name in spec.backends})
+    async def refresh(self, desired: DesiredState, pids: Mapping[Hashable, int]) -> None:
+        """Read everything again for this config and these processes."""
+        sources = sorted(self._named(desired))
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
         folders = desired.storage.models_path
@@ -77,7 +76,6 @@ class Observer:
         self._facts = self._facts if facts is None else facts
         await self.read_memory(pids)
         self.consider(desired)
-        return before != (self.candidates, {key: view.total for key, view in self.devices.items()}, self.blind)
 
     async def read_memory(self, pids: Mapping[Hashable, int]) -> None:
         """Read the devices, and what each process tree holds of them."""
@@ -119,13 +117,30 @@ class Observer:
     def _candidate(self, desired: DesiredState, spec: ModelSpec, name: BackendName) -> Candidate:
         engine = desired.engines[name]
         view = self.engines.get(name)
-        facts = self._facts.get(spec.source_for(name), ModelFacts())
         backend = self._backends.get(engine.adapter)
+        facts = self._facts_of(spec, name, backend)
         if view is not None and (backend is None or view.problem):
             return Candidate(backend=name, facts=facts, problem=view.problem, hint=view.hint)
         if backend is None or view is None or facts.problem or facts.size is None:
             return Candidate(backend=name, facts=facts, problem=facts.problem, hint=facts.hint)  # without one: not known yet
         return make_offer(backend, engine, view, spec, facts, self._footprints)
+
+    def _named(self, desired: DesiredState) -> Iterator[str]:
+        """Every file that the config names."""
+        for spec in desired.models.values():
+            for name in spec.backends:
+                yield spec.source_for(name)
+                backend = self._backends.get(desired.engines[name].adapter)
+                yield from backend.companions(spec) if backend else ()
+
+    def _facts_of(self, spec: ModelSpec, name: BackendName, backend: Backend | None) -> ModelFacts:
+        """Facts of the model's own file; the first of its companions that cannot be loaded is a problem of the whole."""
+        facts = self._facts.get(spec.source_for(name), ModelFacts())
+        beside = {path: self._facts.get(path, ModelFacts()) for path in (backend.companions(spec) if backend else ())}
+        broken = next((each for each in beside.values() if each.problem), None)
+        if broken and not facts.problem:
+            return replace(facts, problem=broken.problem, hint=broken.hint)
+        return replace(facts, companions=beside) if beside else facts
 
     async def _in_time(self, what: str, read: Callable[[], T]) -> T | None:
         """Call `read` in a thread, under a deadline; None when it fails or is late, and `problems` says so.
@@ -145,7 +160,8 @@ class Observer:
             self._late[what] = f"gave nothing within {READ_TIMEOUT:g} s"
             return None
         except Exception as error:  # noqa: BLE001  (whatever a driver's library raises, its device is unknown now)
-            self._late[what] = f"failed: {error}"
+            hint = getattr(error, "hint", "")
+            self._late[what] = f"failed: {error}" + (f"; {hint}" if hint else "")
             return None
         self._late.pop(what, None)
         return result

@@ -14,7 +14,7 @@ from offloadd.state.actions import Action, DrainInstance, ForgetInstance, GrantL
 from offloadd.state.desired import Engine
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import ExitCause, ExitKind, ExitStatus
-from offloadd.state.observed import LEAVING, ExitRecord, InstanceView, ObservedState
+from offloadd.state.observed import ExitRecord, InstanceState, InstanceView, ObservedState
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,11 @@ class Executor:
 
     def pids(self) -> dict[InstanceId, int]:
         """Leaders of the live process trees."""
-        return {key: view.pid for key, view in self.views().items() if view.pid is not None and view.state not in LEAVING}
+        return {key: view.pid for key, view in self.alive().items() if view.pid is not None}
+
+    def alive(self) -> dict[InstanceId, InstanceView]:
+        """Those that have not ended: the others are on the books for their memory only."""
+        return {key: view for key, view in self.views().items() if view.state is not InstanceState.EXITED}
 
     def forget_models(self, kept: Mapping[ModelName, object]) -> None:
         """Drop the history of models that the config no longer names."""

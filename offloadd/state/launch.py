@@ -141,6 +141,8 @@ class ModelFacts:
     identity: str = ""
     shape: ModelShape | None = None
     """What the file's header says; None when it was not read or could not be."""
+    companions: Mapping[str, ModelFacts] = field(default_factory=dict)
+    """Other files that the engine loads beside it, projectors and adapters, by the name that the config gives them."""
     problem: str = ""
     hint: str = ""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from offloadd.backends.base import NO_ENDPOINT, NOWHERE, fingerprint
@@ -9,6 +11,7 @@ from offloadd.backends.llamacpp import BACKEND, LlamaCppOptions
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.ids import LOCAL, BackendName, DeviceId, DeviceKind, ModelName
 from offloadd.state.launch import ExitKind, ExitStatus, ModelFacts, Placement
+from offloadd.state.shape import LayerShape, ModelShape
 from offloadd.units import Bytes
 
 ENGINE = Engine(name=BackendName("llamacpp"), adapter="llamacpp", command=("llama-server",))
@@ -105,3 +108,28 @@ def test_a_fingerprint_changes_with_what_reaches_the_engine_and_with_nothing_els
 def test_a_program_for_another_processor_is_not_tried_again() -> None:
     cause = BACKEND.explain_exit(ExitStatus(signal=4), (), was_ready=False)
     assert (cause.kind, cause.permanent) == (ExitKind.NOT_STARTED, True)
+
+
+def test_files_beside_the_model_are_found_as_the_model_is() -> None:
+    one = spec(options={"llamacpp": LlamaCppOptions(mmproj="eyes.gguf", lora=("style.gguf",))})
+    assert BACKEND.companions(one) == ("eyes.gguf", "style.gguf")
+    beside = {name: ModelFacts(path=f"/models/{name}", identity="2") for name in BACKEND.companions(one)}
+    words = list(BACKEND.launch(ENGINE, one, replace(FACTS, companions=beside), NOWHERE, NO_ENDPOINT).argv)
+    assert (after("--mmproj", words), after("--lora", words)) == ("/models/eyes.gguf", "/models/style.gguf")
+
+
+def test_files_beside_the_model_are_in_the_estimate() -> None:
+    layer = LayerShape(weights=Bytes(2**20))
+    shape = ModelShape(architecture="llama", embedding=64, feed_forward=128, heads=4, vocabulary=256, layers=(layer,))
+    eyes = ModelFacts(path="/models/eyes.gguf", identity="2", shape=replace(shape, kind="mmproj", other=Bytes(2**30)))
+    one = spec(options={"llamacpp": LlamaCppOptions(mmproj="eyes.gguf")})
+    alone, both = replace(FACTS, shape=shape), replace(FACTS, shape=shape, companions={"eyes.gguf": eyes})
+    assert BACKEND.estimate(one, both).total - BACKEND.estimate(one, alone).total >= 2**30
+
+
+def test_a_header_that_cannot_be_read_leaves_the_size_of_the_file() -> None:
+    assert BACKEND.estimate(spec(), FACTS).total > 2**30
+
+
+def test_vram_in_the_config_wins() -> None:
+    assert BACKEND.estimate(spec(vram=Bytes(5)), FACTS).total == 5
