@@ -170,17 +170,17 @@ BOMBS = {
 
 @pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS.keys())
 def test_hostile_text_is_rejected_soon(text):
-    began = time.perf_counter()
+    began = time.process_time()
     loaded = read(text)
     loaded.render()
-    assert time.perf_counter() - began < 2  # one second on an idle machine
+    assert time.process_time() - began < 8  # under coverage; unbounded, these take from 19 s to for ever
     assert loaded.errors
 
 
 def test_a_thousand_models_load_soon():
     entry = "source: m.gguf, run: on-demand, idle_timeout: 5m, context: 4096, queue: {max_waiting: 9}, llamacpp: {cache_ram: 0}"
     text = "models:\n" + "".join(f"  m{n}: {{{entry}, aliases: [a{n}]}}\n" for n in range(1000))
-    began = time.perf_counter()
+    began = time.process_time()
     loaded = read(text)
     assert time.perf_counter() - began < 2  # 0.15 s on an idle machine
     assert len(loaded.desired.models) == 1000
