@@ -48,6 +48,8 @@ async def _granted(answer: aiohttp.ClientResponse) -> Mapping[str, int]:
         if event.get("state") == "granted":
             print(f"offloadctl: {event['loan']} {event['reason']}", file=sys.stderr)
             return dict(event["devices"])
+        if event.get("state") == "refused":
+            raise OffloaddError(event["reason"])
         if event.get("reason", said) != said:
             said = event["reason"]
             print(f"offloadctl: {event['loan']} {said}", file=sys.stderr)

@@ -15,6 +15,10 @@ from offloadd.units import Bytes, Seconds, format_bytes, format_seconds, parse_b
 
 REPEAT = Seconds(2)
 """While it waits, the reason is told this often; that also shows that the borrower is still there."""
+FIRST_WORD = Seconds(0.5)
+"""An answer begins when the loan is granted or after this long, so that one which can never be had is refused by its status."""
+HOPELESS = "cannot be had"
+"""How the planner's sentence begins when waiting for the loan is in vain."""
 
 
 class Borrow(msgspec.Struct, forbid_unknown_fields=True, rename={"limit": "for"}):
@@ -50,33 +54,33 @@ def borrow_route(book: Book, reason: Callable[[str], str]) -> web.RouteDef:
         asked = _read(await request.read())
         size, limit = _size(asked), _limit(asked)
         name = book.ask(size, asked.device, asked.why[:200], asked.pid)
+
+        def is_hopeless() -> bool:
+            return not waiting.done() and reason(name).startswith(HOPELESS)
+
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        waiting = asyncio.ensure_future(book.wait(name))
         try:
+            await asyncio.wait({waiting}, timeout=FIRST_WORD)
+            if is_hopeless():
+                raise RequestError(409, "loan_impossible", reason(name), param="size")
             await response.prepare(request)
-            granted = await _tell_until_granted(response, book, name, reason)
-            devices = {str(device): held for device, held in granted.items()}
+            while not waiting.done():
+                await _tell(response, {"state": "waiting", "loan": name, "reason": reason(name)})
+                await asyncio.wait({waiting}, timeout=REPEAT)
+                if is_hopeless():  # it was not at first: the config or the machine is another one now
+                    await _tell(response, {"state": "refused", "loan": name, "reason": reason(name)})
+                    return response
+            devices = {str(device): held for device, held in waiting.result().items()}
             await _tell(response, {"state": "granted", "loan": name, "devices": devices, "reason": reason(name)})
             await _stay(response, limit)
             await _tell(response, {"state": "ended", "loan": name, "reason": f"its time of {asked.limit} is over"})
         finally:
+            waiting.cancel()
             book.give_back(name)
         return response
 
     return web.post("/borrow", borrow)
-
-
-async def _tell_until_granted(
-    response: web.StreamResponse, book: Book, name: str, reason: Callable[[str], str]
-) -> Mapping[DeviceId, Bytes]:
-    waiting = asyncio.ensure_future(book.wait(name))
-    try:
-        while True:
-            done, _ = await asyncio.wait({waiting}, timeout=REPEAT)
-            if done:
-                return waiting.result()
-            await _tell(response, {"state": "waiting", "loan": name, "reason": reason(name)})
-    finally:
-        waiting.cancel()
 
 
 async def _stay(response: web.StreamResponse, limit: Seconds | None) -> None:

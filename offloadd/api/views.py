@@ -220,7 +220,7 @@ def _fits(picture: Picture, spec: ModelSpec, candidates: Sequence[Candidate]) ->
     devices = {device: view for device, view in picture.observed.devices.items() if device in accounts}
     site = Site(devices=devices, accounts=accounts, blind=picture.observed.blind)
     room = {device: accounts[device].room for device in devices}
-    answers = [place(c.estimate, spec, room, site) for c in candidates if c.estimate is not None]
+    answers = [place(c.estimate, spec, room, site, c.gpus) for c in candidates if c.estimate is not None]
     if any(isinstance(answer, Placement) for answer in answers):
         return "now"
     asked = [answer for answer in answers if isinstance(answer, NoRoom) and answer.device is not None]

@@ -18,7 +18,7 @@ from offloadd.observe.sources import Sources
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, DeviceId, DeviceKind, ModelName
 from offloadd.state.launch import Candidate, Footprint, ModelFacts
-from offloadd.state.observed import DeviceView, EngineView, ObservedState
+from offloadd.state.observed import DeviceView, EngineView, InstanceState, ObservedState
 from offloadd.state.shape import ModelShape
 from offloadd.units import Seconds
 
@@ -41,6 +41,7 @@ class Observer:
         self._late: dict[str, str] = {}
         self._facts: dict[str, ModelFacts] = {}
         self._footprints: Mapping[str, Footprint] = {}
+        self._offers: dict[tuple[ModelName, BackendName], tuple[object, Candidate]] = {}
         self.holdings = Holdings()
         self.devices: dict[DeviceId, DeviceView] = {}
         self.engines: dict[BackendName, EngineView] = {}
@@ -64,7 +65,7 @@ class Observer:
 
     def know(self, footprints: Mapping[str, Footprint]) -> None:
         """Use what earlier launches were seen to take."""
-        self._footprints = footprints
+        self._footprints = dict(footprints)  # a copy, since offers remember the one that they were made from
 
     async def refresh(self, desired: DesiredState, pids: Mapping[Hashable, int]) -> None:
         """Read everything again for this config and these processes."""
@@ -87,7 +88,8 @@ class Observer:
         await self._in_time("reading of processes' memory", lambda: self.holdings.measure(pids, fresh))
 
     def consider(self, desired: DesiredState) -> None:
-        """Work out the candidates of this config from the readings at hand."""
+        """Work out the candidates of this config from the readings at hand, those anew whose basis has changed."""
+        self._offers = {key: offer for key, offer in self._offers.items() if key[0] in desired.models}
         self.candidates = {
             name: tuple(self._candidate(desired, spec, backend) for backend in spec.backends)
             for name, spec in desired.models.items()
@@ -98,7 +100,7 @@ class Observer:
         instances = {
             key: replace(
                 view,
-                measured=self.holdings.of(key),
+                measured={} if view.state is InstanceState.EXITED else self.holdings.of(key),
                 peak=self.holdings.peak_of(key),
                 unreleased=self.holdings.unreleased(view),
             )
@@ -123,7 +125,12 @@ class Observer:
             return Candidate(backend=name, facts=facts, problem=view.problem, hint=view.hint)
         if backend is None or view is None or facts.problem or facts.size is None:
             return Candidate(backend=name, facts=facts, problem=facts.problem, hint=facts.hint)  # without one: not known yet
-        return make_offer(backend, engine, view, spec, facts, self._footprints)
+        basis = (backend, engine, view, spec, facts, self._footprints)
+        known = self._offers.get((spec.name, name))
+        if known is None or known[0] != basis:
+            known = (basis, make_offer(*basis))
+            self._offers[spec.name, name] = known
+        return known[1]
 
     def _named(self, desired: DesiredState) -> Iterator[str]:
         """Every file that the config names."""

@@ -39,7 +39,7 @@ def open_accounts(
 def pool(device: DeviceId, devices: Mapping[DeviceId, DeviceView]) -> tuple[DeviceId, ...]:
     """Devices that are one memory: RAM, and the GPUs that have none but it. What is promised on one is promised on all."""
     view = devices.get(device)
-    if view is None or not (view.unified or device == HOST_RAM):
+    if device != HOST_RAM and not (view and view.unified):  # RAM is what it is also while it cannot be read
         return (device,)
     return (HOST_RAM, *(other.id for other in devices.values() if other.unified))
 
@@ -56,7 +56,8 @@ class Ledger:
         """Take these bytes out of the room, for a start or to hold them for a waiter."""
         for device, size in reserved.items():
             for each in pool(device, self._devices):
-                self.room[each] = Bytes(self.room.get(each, 0) - size)
+                if each in self.room:
+                    self.room[each] = Bytes(self.room[each] - size)
 
 
 @dataclass(slots=True)

@@ -80,6 +80,18 @@ class Draft:
         coming = {device: Bytes(room + self.leaving(device)) for device, room in self.ledger.room.items()}
         return freed(coming, views, self.observed.devices)
 
+    def room_when_all_is_back(self, views: Iterable[InstanceView]) -> Room:
+        """The room when these have left, by the promises alone: as if nobody used memory to whom it was not promised."""
+        books = self.ledger.accounts
+        claimed = {device: books[device].room - room for device, room in self.ledger.room.items()}
+        room = {device: Bytes(a.limit - a.reserved - claimed[device] + self.leaving(device)) for device, a in books.items()}
+        return freed(room, views, self.observed.devices)
+
+    @property
+    def last_exit(self) -> Instant:
+        """When an instance last ended."""
+        return max((records[-1].at for records in self.observed.exits.values() if records), default=Instant(float("-inf")))
+
     def last_used(self, view: InstanceView) -> Instant:
         """When the instance's model was last wanted by a request; its start when that was never."""
         return max(self.demand.last_used.get(view.model, view.started_at), view.started_at)

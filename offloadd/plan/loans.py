@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from offloadd.plan.draft import Draft
-from offloadd.plan.placement import NoRoom, Room, Site
+from offloadd.plan.placement import NoRoom, Room, Site, fits, room_on
 from offloadd.plan.room import Claimant, Short, make_room
 from offloadd.plan.sentences import short_sentence
 from offloadd.state.actions import GrantLoan
@@ -40,14 +40,13 @@ def _serve(draft: Draft, loan: Loan) -> str:
 def _place(loan: Loan, room: Room, site: Site) -> Placement | NoRoom:
     """On one device: the one asked for, else the GPU that is left with the least room, else RAM."""
     devices = _devices(loan, site)
-    fitting = [(room[device], device) for device in devices if room.get(device, 0) >= loan.size]
+    fitting = [(room[device], device) for device in devices if fits({device: loan.size}, room, site)]
     if fitting:
         return Placement(reserved={min(fitting)[1]: loan.size})
     if not devices:
         return NoRoom(need=loan.size, why=site.blind or f"there is no device {loan.device}")
     nearest = max(devices, key=lambda device: (site.accounts[device].limit, room.get(device, 0), device))
-    limit = site.accounts[nearest].limit
-    free = room.get(nearest, Bytes(0))
+    limit, free = room_on(nearest, site.limits, site), room_on(nearest, room, site)
     return NoRoom(need=loan.size, device=nearest, label=site.label(nearest), room=free, limit=limit, never=loan.size > limit)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from offloadd.plan.accounting import pool
 from offloadd.state.actions import DeviceAccount
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import HOST_RAM, DeviceId, DeviceKind
@@ -79,6 +80,20 @@ def place(need: VramEstimate, spec: ModelSpec, room: Room, site: Site, usable: K
     return found or _short(need, spec, room, site, gpus)
 
 
+def fits(reserved: Mapping[DeviceId, Bytes], room: Room, site: Site) -> bool:
+    """Whether every device has room for its part; a memory under several names, for the sum of what is promised under each."""
+    needed: dict[DeviceId, int] = {}
+    for device, size in reserved.items():
+        for each in pool(device, site.devices):
+            needed[each] = needed.get(each, 0) + size
+    return all(device in room for device in reserved) and all(room[each] >= size for each, size in needed.items() if each in room)
+
+
+def room_on(device: DeviceId, room: Room, site: Site) -> Bytes:
+    """What fits there: of a memory under several names, the least that any of them leaves."""
+    return min((room[each] for each in pool(device, site.devices) if each in room), default=Bytes(0))
+
+
 def _gpus(spec: ModelSpec, site: Site, usable: Kinds) -> Sequence[DeviceId] | str:
     """GPUs that the model may use, by index, none when it is the CPU's; or why that cannot be said now."""
     if spec.devices == "cpu" or spec.gpu_layers == 0 or usable == frozenset():
@@ -91,7 +106,7 @@ def _gpus(spec: ModelSpec, site: Site, usable: Kinds) -> Sequence[DeviceId] | st
     missing = [name for name, view in zip(spec.devices, named, strict=True) if view is None]
     if missing:
         return site.blind or f"there is no device {', '.join(missing)}"
-    return [view.id for view in named if view is not None]
+    return list(dict.fromkeys(view.id for view in named if view is not None))  # one card may be named by index and by UUID
 
 
 def _of_one_kind(views: Sequence[DeviceView]) -> list[DeviceView]:
@@ -106,78 +121,75 @@ def _named(name: str, views: Sequence[DeviceView]) -> DeviceView | None:
 
 def _on_host(need: VramEstimate, room: Room, site: Site) -> Placement | NoRoom:
     size = need.total if need.on_host is None else need.on_host
-    if HOST_RAM in room and room[HOST_RAM] >= size:
+    if fits({HOST_RAM: size}, room, site):
         return Placement(reserved={HOST_RAM: size})
-    account = site.accounts.get(HOST_RAM)
-    if account is None:
+    if HOST_RAM not in site.accounts:
         return NoRoom(need=size)
-    limit, free = account.limit, room.get(HOST_RAM, Bytes(0))
+    limit, free = room_on(HOST_RAM, site.limits, site), room_on(HOST_RAM, room, site)
     return NoRoom(need=size, device=HOST_RAM, label=site.label(HOST_RAM), room=free, limit=limit, never=size > limit)
 
 
 def _on_gpus(need: VramEstimate, spec: ModelSpec, room: Room, gpus: Sequence[DeviceId], site: Site) -> Placement | None:
     """The first of the ways that fits, from the simplest to the most divided."""
     if isinstance(spec.gpu_layers, int) and need.layers:
-        return _last_layers(need, min(spec.gpu_layers, len(need.layers)), room, gpus)
+        return _last_layers(need, min(spec.gpu_layers, len(need.layers)), room, gpus, site)
     if spec.devices == "auto" or len(gpus) == 1:
-        single = _on_one(need, room, gpus)
+        single = _on_one(need, room, gpus, site)
         if single:
             return single
-    divided = _divided(need, room, _whole(gpus, site), exactly=spec.devices != "auto")
+    divided = _divided(need, room, gpus, site, exactly=spec.devices != "auto")
     if divided or not spec.partial or not need.layers:
         return divided
     counts = range(len(need.layers) - 1, 0, -1)
-    return next((found for count in counts if (found := _last_layers(need, count, room, gpus))), None)
+    return next((found for count in counts if (found := _last_layers(need, count, room, gpus, site))), None)
 
 
-def _whole(gpus: Sequence[DeviceId], site: Site) -> Sequence[DeviceId]:
-    """Those that are no slice of a card: a process can see only one slice."""
-    return [gpu for gpu in gpus if not site.devices[gpu].slice_of]
+def _on_one(need: VramEstimate, room: Room, gpus: Sequence[DeviceId], site: Site) -> Placement | None:
+    best = _tightest(need.total, need.host, room, gpus, site)
+    return None if best is None else Placement(reserved=_with_host({best: need.total}, need.host), gpus=(best,))
 
 
-def _on_one(need: VramEstimate, room: Room, gpus: Sequence[DeviceId]) -> Placement | None:
-    if not _host_has(need.host, room):
-        return None
-    fitting = [(room.get(gpu, Bytes(0)), gpu) for gpu in gpus if room.get(gpu, 0) >= need.total]
-    if not fitting:
-        return None
-    best = min(fitting)[1]
-    return Placement(reserved=_with_host({best: need.total}, need.host), gpus=(best,))
-
-
-def _last_layers(need: VramEstimate, count: int, room: Room, gpus: Sequence[DeviceId]) -> Placement | None:
+def _last_layers(need: VramEstimate, count: int, room: Room, gpus: Sequence[DeviceId], site: Site) -> Placement | None:
     """The last `count` layers on one GPU, the others on the CPU."""
     size = Bytes(sum(need.layers[len(need.layers) - count :]) + need.fixed)
     host = Bytes(need.host + sum(need.layers[: len(need.layers) - count]))
-    fitting = [(room.get(gpu, Bytes(0)), gpu) for gpu in gpus if room.get(gpu, 0) >= size]
-    if not fitting or not _host_has(host, room):
+    best = _tightest(size, host, room, gpus, site)
+    return None if best is None else Placement(reserved=_with_host({best: size}, host), gpus=(best,), split=(count,))
+
+
+def _tightest(size: Bytes, host: Bytes, room: Room, gpus: Sequence[DeviceId], site: Site) -> DeviceId | None:
+    """The GPU with room for `size`, and `host` beside it, that is left with the least."""
+    if not _host_has(host, room):
         return None
-    best = min(fitting)[1]
-    return Placement(reserved=_with_host({best: size}, host), gpus=(best,), split=(count,))
+    large = [(room.get(gpu, Bytes(0)), gpu) for gpu in gpus if room.get(gpu, 0) >= size]
+    fitting = [one for one in large if fits(_with_host({one[1]: size}, host), room, site)]
+    return min(fitting)[1] if fitting else None
 
 
-def _divided(need: VramEstimate, room: Room, gpus: Sequence[DeviceId], *, exactly: bool) -> Placement | None:
+def _divided(need: VramEstimate, room: Room, gpus: Sequence[DeviceId], site: Site, *, exactly: bool) -> Placement | None:
     """Whole layers in a row on each of as few GPUs as will do, the roomiest; with `exactly`, on all of them."""
-    if not need.layers or len(gpus) < 2 or not _host_has(need.host, room):
+    whole = [gpu for gpu in gpus if not site.devices[gpu].slice_of]  # a process can see only one slice of a card
+    if not need.layers or len(whole) < (len(gpus) if exactly else 2) or not _host_has(need.host, room):
         return None
-    order = {gpu: index for index, gpu in enumerate(gpus)}
-    roomiest = sorted(gpus, key=lambda gpu: (-room.get(gpu, 0), order[gpu]))
+    order = {gpu: index for index, gpu in enumerate(whole)}
+    roomiest = sorted(whole, key=lambda gpu: (-room.get(gpu, 0), order[gpu]))
     capacity = list(accumulate(room.get(gpu, 0) - need.fixed for gpu in roomiest))
     wanted = sum(need.layers)
-    for count in range(len(gpus) if exactly else 2, len(gpus) + 1):
+    for count in range(len(whole) if exactly else 2, len(whole) + 1):
         if capacity[count - 1] < wanted:
             continue
         chosen = sorted(roomiest[:count], key=order.__getitem__)
         counts = _share_out(need.layers, [room.get(gpu, 0) - need.fixed for gpu in chosen])
-        if counts:
-            return _division(need, chosen, counts)
+        division = _division(need, chosen, counts) if counts else None
+        if division and fits(division.reserved, room, site):
+            return division
     return None
 
 
 def _share_out(layers: Sequence[Bytes], capacity: Sequence[int]) -> tuple[int, ...] | None:
     """How many layers in a row each device takes, in proportion to its capacity as far as whole layers allow; None without room.
 
-    A device that a proportional share would leave empty or over-full makes the division fall back to filling one after another.
+    Each takes one at least. Where proportional shares don't come out even, one device is filled after another.
     """
     total, room = sum(layers), sum(capacity)
     if min(capacity) <= 0 or total > room:
@@ -193,12 +205,12 @@ def _fill(layers: Sequence[Bytes], targets: Sequence[float], capacity: Sequence[
     counts: list[int] = []
     start = 0
     debt = 0.0
-    for target, most in zip(targets, capacity, strict=True):
+    for after, (target, most) in zip(reversed(range(len(targets))), zip(targets, capacity, strict=True), strict=True):
         size = taken = 0
-        while start + taken < len(layers):
+        while start + taken < len(layers) - after:  # the devices after this one get a layer each at least
             layer = layers[start + taken]
             # Half a layer over the target is nearer to it than half a layer under.
-            if size + layer > most or size + layer / 2 > target + debt:
+            if size + layer > most or (taken and size + layer / 2 > target + debt):
                 break
             size += layer
             taken += 1
@@ -226,12 +238,21 @@ def _with_host(reserved: dict[DeviceId, Bytes], host: Bytes) -> dict[DeviceId, B
 
 
 def _short(need: VramEstimate, spec: ModelSpec, room: Room, site: Site, gpus: Sequence[DeviceId]) -> NoRoom:
+    """What is short: RAM where a GPU would do, else the largest GPU. RAM that is not read is taken to be large enough one day."""
+    limits = {HOST_RAM: Bytes(need.total + need.host), **site.limits}
+    never = _on_gpus(need, spec, limits, gpus, site) is None
+    free = room_on(HOST_RAM, room, site)
+    if need.host > free and _on_gpus(replace(need, host=Bytes(0)), spec, room, gpus, site):
+        if HOST_RAM not in site.accounts:
+            return NoRoom(need=need.host, why="RAM, of which it needs a part beside the GPU, could not be read")
+        limit = room_on(HOST_RAM, site.limits, site)
+        return NoRoom(need=need.host, device=HOST_RAM, label=site.label(HOST_RAM), room=free, limit=limit, never=never)
     nearest = max(gpus, key=lambda gpu: (site.accounts[gpu].limit, room.get(gpu, 0)))  # the first of equals
     return NoRoom(
         need=need.total,
         device=nearest,
         label=site.label(nearest),
-        room=room.get(nearest, Bytes(0)),
-        limit=site.accounts[nearest].limit,
-        never=_on_gpus(need, spec, site.limits, gpus, site) is None,
+        room=room_on(nearest, room, site),
+        limit=room_on(nearest, site.limits, site),
+        never=never,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from offloadd.plan.draft import Draft
 from offloadd.plan.eviction import Evictable, Try, choose_victims
 from offloadd.plan.placement import NoRoom, Room
+from offloadd.plan.upkeep import RELEASE_TIME
 from offloadd.plan.wants import Want
 from offloadd.state.actions import StopReason
 from offloadd.state.desired import ModelSpec, RunMode
@@ -55,6 +56,8 @@ class Making:
     """The model's own old instances must go before a new one fits."""
     coming: bool = False
     """It fits as soon as memory that is on its way back has arrived."""
+    late: bool = False
+    """Something ended a moment ago, and its memory may still show as used by nobody."""
 
 
 def make_room(draft: Draft, claimant: Claimant, shortages: Sequence[Short], own: Sequence[InstanceView] = ()) -> Making:
@@ -70,7 +73,7 @@ def make_room(draft: Draft, claimant: Claimant, shortages: Sequence[Short], own:
     for short in shortages:
         if short.fits(draft.room_after([*rivals, *own])):
             return _meet(draft, claimant, short, rivals, own)
-    return Making(shortages[0])
+    return _await_late(draft, shortages, [*rivals, *own]) or Making(shortages[0])
 
 
 def for_model(draft: Draft, want: Want) -> Claimant:
@@ -93,6 +96,22 @@ def _meet(draft: Draft, claimant: Claimant, short: Short, rivals: Sequence[Insta
     if placement := short.fits(draft.room_after([*rivals, *own])):
         draft.ledger.claim(placement.reserved)
     return Making(short)
+
+
+def _await_late(draft: Draft, shortages: Sequence[Short], leaving: Sequence[InstanceView]) -> Making | None:
+    """Hold a place for one that needs what has just ended and does not show as free yet.
+
+    Without that, the small ones behind it would take the room each time that it was freed for the large one.
+    """
+    until = Instant(draft.last_exit + RELEASE_TIME)
+    if draft.now >= until:
+        return None
+    for short in shortages:
+        if placement := short.fits(draft.room_when_all_is_back(leaving)):
+            draft.ledger.claim(placement.reserved)
+            draft.wake(until)
+            return Making(short, late=True)
+    return None
 
 
 def _evictable(draft: Draft, claimant: Claimant, rivals: Sequence[InstanceView]) -> list[Evictable]:

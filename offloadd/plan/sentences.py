@@ -100,6 +100,8 @@ def short_sentence(draft: Draft, making: Making, own: Sequence[InstanceView] = (
         return f"{text}; making room with {', '.join(named)}"
     if making.coming:
         return f"{text}, {format_bytes(draft.leaving(answer.device))} being released"
+    if making.late:
+        return f"{text}, and memory of what just ended may be on its way back"
     return f"{text}, and nothing may be evicted for it now"
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from peewee import DatabaseError, SqliteDatabase
+from peewee import DatabaseError, OperationalError, SqliteDatabase
 
 from offloadd.registry import records
 from offloadd.registry.migrations import migrate
@@ -20,16 +20,22 @@ from offloadd.units import Bytes, Seconds
 log = logging.getLogger(__name__)
 
 KEPT_FOOTPRINTS = 10_000
-_PRAGMAS = {"journal_mode": "wal", "synchronous": "full", "busy_timeout": 5000}
+_MEMORY = Path(":memory:")
+_PRAGMAS = {"busy_timeout": 5000, "journal_mode": "wal", "synchronous": "full"}
 
 
 class Registry:
-    """One SQLite file. A damaged one is set aside, never deleted: what it held is learned anew."""
+    """One SQLite file. A damaged one is set aside, never deleted: what it held is learned anew.
+
+    One that cannot be used now (a full disk, a read-only folder, somebody who holds it) is left alone, and memory stands in for it.
+    """
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self.problem = ""
         """What is wrong with the registry now; empty when nothing is."""
+        self._lasting = ""
+        """What of that stays until the next start."""
         self._database = self._open(path)
 
     def footprints(self) -> dict[str, Footprint]:
@@ -51,7 +57,7 @@ class Registry:
             self.problem = f"the registry cannot be written: {error}"
             log.warning("%s", self.problem)
             return
-        self.problem = ""
+        self.problem = self._lasting
 
     def close(self) -> None:
         """Close the file."""
@@ -61,6 +67,12 @@ class Registry:
     def _open(self, path: Path) -> SqliteDatabase:
         try:
             return _opened(path)
+        except OperationalError as error:
+            self.problem = self._lasting = (
+                f"the registry {path} cannot be used, and what is learned is kept until the end only: {error}"
+            )
+            log.warning("%s", self._lasting)
+            return _opened(_MEMORY)
         except DatabaseError as error:
             aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
             log.error("the registry %s is damaged (%s); set aside as %s, and begun anew", path, error, aside)  # noqa: TRY400
@@ -74,13 +86,16 @@ class Registry:
 
 def _opened(path: Path) -> SqliteDatabase:
     database = SqliteDatabase(str(path), pragmas=_PRAGMAS, check_same_thread=False, thread_safe=False)
-    database.connect()
-    verdict = database.execute_sql("PRAGMA quick_check(1)").fetchone()[0]
-    if verdict != "ok":
+    try:
+        database.connect()
+        verdict = database.execute_sql("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise DatabaseError(verdict)
+        records.bind(database)
+        migrate(database)
+    except BaseException:
         database.close()
-        raise DatabaseError(verdict)
-    records.bind(database)
-    migrate(database)
+        raise
     return database
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from offloadd.state.ids import ModelName
+from offloadd.state.ids import HOST_RAM, DeviceId, ModelName
 from offloadd.state.observed import InstanceState
-from tests.sim.world import GIB, Fate, Process, Script, World
+from tests.sim.machine import GIB
+from tests.sim.world import Fate, Process, Script, World
 
 
 def crash(world: World, process: Process) -> None:
@@ -23,6 +24,11 @@ def hang(world: World, process: Process) -> None:
 def next_ones(world: World, model: ModelName, fate: Fate, *, load: float = 5.0) -> None:
     """Whatever is started of the model from now on meets this fate."""
     world.scripts[model] = replace(world.scripts.get(model, Script()), fate=fate, load=load)
+
+
+def loads_in(world: World, model: ModelName, seconds: float) -> None:
+    """Its next processes load this long, and serve."""
+    next_ones(world, model, Fate.SERVES, load=seconds)
 
 
 def crash_when_ready(world: World, model: ModelName, after: float) -> None:
@@ -56,10 +62,14 @@ def replace_file(world: World, model: ModelName) -> None:
     world.files[model] = world.files.get(model, 0) + 1
 
 
-def foreign_memory(world: World, gib: float) -> None:
-    """Programs that are not ours use this much memory from now on; never more than there is."""
-    ours = world.total - world.foreign - world.free
-    world.foreign = max(0, min(int(gib * GIB), world.total - ours))
+def foreign_memory(world: World, gib: float, device: DeviceId = HOST_RAM, *, polite: bool = False) -> None:
+    """Programs that are not ours use this much memory from now on; never more than there is, nor, when polite, what is promised."""
+    card = world.machine.cards[device]
+    spare = world.machine.balance(device) - (world.due(device) if polite else 0)
+    card.foreign = max(0, min(int(gib * GIB), card.foreign + spare))
+    if world.machine.balance(device) < world.due(device):
+        for each in world.machine.pool(device):
+            each.robbed = True
 
 
 def slow_release(world: World, lag: float) -> None:
@@ -67,9 +77,14 @@ def slow_release(world: World, lag: float) -> None:
     world.lag = lag
 
 
-def lose_device(world: World) -> None:
-    """The reading of memory fails."""
-    world.blind_device = True
+def lose_device(world: World, device: DeviceId = HOST_RAM) -> None:
+    """The reading of one memory fails."""
+    world.machine.cards[device].lost = True
+
+
+def lose_driver(world: World) -> None:
+    """No GPU can be read."""
+    world.machine.driver_lost = True
 
 
 def lose_facts(world: World, model: ModelName) -> None:
@@ -79,7 +94,9 @@ def lose_facts(world: World, model: ModelName) -> None:
 
 def see_again(world: World) -> None:
     """Every reading succeeds again."""
-    world.blind_device = False
+    world.machine.driver_lost = False
+    for card in world.machine.cards.values():
+        card.lost = False
     world.blind_models.clear()
 
 
@@ -89,11 +106,20 @@ def leave(world: World, index: int) -> None:
         world.cancel(world.requests[index % len(world.requests)])
 
 
+def end_a_loan(world: World, index: int) -> None:
+    """One of the borrowers is done, or waits no longer."""
+    names = sorted(world.loans)
+    if names:
+        world.give_back(names[index % len(names)])
+
+
 def stop_all(world: World) -> None:
     """No fault from now on: what runs well stays well, what hangs still hangs, and damaged files stay damaged."""
     see_again(world)
     world.scripts.clear()
-    world.foreign, world.lag = 0, 0.3
+    world.lag = 0.3
+    for card in world.machine.cards.values():
+        card.foreign = 0
     for process in world.processes.values():
         process.script = replace(process.script, crash_after=None, ignores_term=False)
         if process.state in (InstanceState.STARTING, InstanceState.LOADING) and process.script.fate is not Fate.NEVER_READY:

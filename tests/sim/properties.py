@@ -7,111 +7,60 @@ a run ends. A check that fails raises Broken, which names the sentence.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from offloadd.plan.accounting import limit_of
 from offloadd.plan.planner import plan
 from offloadd.plan.restart import WELL
 from offloadd.state.actions import Action, DrainInstance, ForgetInstance, ModelState, Plan, StartInstance, StopInstance, StopReason
-from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState, ModelSpec, RestartPolicy, RunMode
-from offloadd.state.ids import HOST_RAM, InstanceId, ModelName
+from offloadd.state.desired import ModelSpec, RestartPolicy, RunMode
+from offloadd.state.ids import HOST_RAM, DeviceId
 from offloadd.state.launch import Candidate, ExitKind, ModelFacts
-from offloadd.state.observed import LEAVING, ExitRecord, InstanceState, InstanceView, ObservedState
+from offloadd.state.observed import LEAVING, ExitRecord, InstanceState
 from offloadd.units import Instant
+from tests.sim.device_properties import DEVICE_REPLAN, DEVICE_STEP, loan_fits
+from tests.sim.step import Broken, Step, take_step
 from tests.sim.world import AT_FAULT, World
-
-
-class Broken(AssertionError):
-    """A property that did not hold."""
-
-    def __init__(self, name: str, detail: str) -> None:
-        super().__init__(f"{name.replace('_', ' ')}: NOT SO: {detail}")
-        self.name = name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One planner cycle: what went in, and what came out."""
-
-    world: World
-    desired: DesiredState
-    observed: ObservedState
-    demand: Demand
-    now: float
-    plan: Plan
-
-    def starts(self) -> list[StartInstance]:
-        return [action for action in self.plan.actions if isinstance(action, StartInstance)]
-
-    def stops(self) -> list[StopInstance]:
-        return [action for action in self.plan.actions if isinstance(action, StopInstance)]
-
-    def ends(self) -> list[StopInstance | DrainInstance]:
-        return [action for action in self.plan.actions if isinstance(action, StopInstance | DrainInstance)]
-
-    def view(self, action: Action) -> InstanceView:
-        return self.observed.instances[action.instance]
-
-    def leases(self, key: InstanceId) -> int:
-        return self.demand.leases.get(key, 0)
-
-    def spec(self, model: ModelName) -> ModelSpec | None:
-        return self.desired.models.get(model)
-
-
-def take_step(world: World) -> Step:
-    """Plan the world as it is now; nothing is applied."""
-    observed, demand = world.snapshot()
-    made = plan(world.desired, observed, demand, now=Instant(world.now))
-    return Step(world=world, desired=world.desired, observed=observed, demand=demand, now=world.now, plan=made)
-
 
 # Safety: every plan by itself
 
 
 def reserved_memory_stays_within_each_devices_limit_releasing_included(step: Step) -> None:
     """A start is planned only when its promise fits beside all others, those of leaving instances included."""
-    starts = step.starts()
-    if not starts:
-        return
-    if not step.observed.devices:
-        raise Broken("reserved_memory_stays_within_each_devices_limit_releasing_included", "started without a reading of memory")
+    name = "reserved_memory_stays_within_each_devices_limit_releasing_included"
+    for reserved in _new_promises(step):
+        if not set(reserved) <= step.observed.devices.keys():
+            raise Broken(name, f"{reserved} promised without a reading of memory")
     for device in step.observed.devices.values():
-        held = sum(view.placement.reserved.get(device.id, 0) for view in step.observed.instances.values())
-        new = sum(action.placement.reserved.get(device.id, 0) for action in starts)
-        limit = limit_of(device, step.desired.budget)
-        if held + new > limit:
-            raise Broken(
-                "reserved_memory_stays_within_each_devices_limit_releasing_included", f"{held} + {new} of {limit} on {device.id}"
-            )
+        new = step.new_on(device.id)
+        held, limit = step.held_on(device.id), limit_of(device, step.desired.budget)
+        if new and held + new > limit:
+            raise Broken(name, f"{held} + {new} of {limit} on {device.id}")
+
+
+def _new_promises(step: Step) -> list[Mapping[DeviceId, int]]:
+    return [*(action.placement.reserved for action in step.starts()), *(action.reserved for action in step.grants())]
 
 
 def a_start_never_takes_memory_that_others_use_or_were_promised(step: Step) -> None:
-    """What is free now covers the start and all that earlier promises have not taken yet."""
-    starts = step.starts()
-    if not starts:
-        return
-    due = sum(
-        max(0, process.placement.reserved.get(HOST_RAM, 0) - process.taken)
-        for process in step.world.processes.values()
-        if not process.gone
-    )
-    new = sum(action.placement.reserved.get(HOST_RAM, 0) for action in starts)
-    if due + new > step.world.free:
-        raise Broken(
-            "a_start_never_takes_memory_that_others_use_or_were_promised", f"{new} + {due} still due, {step.world.free} free"
-        )
+    """On each device, what is free now covers what is new, loans too, and all that earlier promises have not taken yet."""
+    for device in step.observed.devices:
+        new, due, free = step.new_on(device), step.world.due(device), step.world.machine.free(device)
+        if new and due + new > free and not step.unified_is_unread():
+            raise Broken(
+                "a_start_never_takes_memory_that_others_use_or_were_promised",
+                f"{new} + {due} still due, {free} free on {device}",
+            )
 
 
 def an_instance_with_an_action_in_flight_gets_no_other(step: Step) -> None:
     """One action per instance and plan, and none for an instance that is being stopped."""
     name = "an_instance_with_an_action_in_flight_gets_no_other"
-    keys = [action.instance for action in step.plan.actions]
+    keys = [action.instance for action in step.on_instances()]
     if len(set(keys)) != len(keys):
         raise Broken(name, f"two actions for one of {keys}")
-    for action in step.plan.actions:
+    for action in step.on_instances():
         view = step.observed.instances.get(action.instance)
         if isinstance(action, StartInstance):
             if view is not None or action.instance.number <= step.observed.launches.get(action.instance.model, 0):
@@ -155,16 +104,13 @@ def an_instance_is_found_at_fault_only_when_it_is(step: Step) -> None:
 def a_pinned_instance_or_one_of_higher_priority_is_never_evicted(step: Step) -> None:
     """An eviction has a beneficiary that ranks no lower than the one that leaves."""
     name = "a_pinned_instance_or_one_of_higher_priority_is_never_evicted"
-    for action in step.ends():
-        evicts = (
-            action.reason is StopReason.EVICTED if isinstance(action, StopInstance) else action.why.startswith("to make room for")
-        )
-        if not evicts:
-            continue
+    for action in step.evictions():
         victim = step.spec(action.instance.model) or step.view(action).spec
         gainers = [spec for spec in step.desired.models.values() if f"make room for {spec.name} (" in action.why]
         if victim.pinned:
             raise Broken(name, f"{action.instance} is pinned: {action.why}")
+        if "make room for a loan (" in action.why and step.loans_wait():
+            continue  # people come before every model
         if not any(spec.priority >= victim.priority for spec in gainers):
             raise Broken(name, f"{action.instance} has priority {victim.priority}: {action.why}")
         if not any(_has_demand(step, spec) for spec in gainers):
@@ -181,7 +127,8 @@ def a_model_is_started_only_for_a_reason(step: Step) -> None:
         live = [view for view in step.observed.instances.values() if view.model == spec.name and view.state not in LEAVING]
         if not live and not _has_demand(step, spec):
             raise Broken(name, f"nobody waits for {action.instance}")
-        same = [view for view in live if view.fingerprint == action.candidate.fingerprint]
+        goes = {ended.instance for ended in step.ends()}  # it may be replaced elsewhere at once
+        same = [view for view in live if view.fingerprint == action.candidate.fingerprint and view.id not in goes]
         new = sum(other.instance.model == spec.name for other in step.starts())
         if len(same) + new > max(spec.replicas.max, spec.replicas.min):
             raise Broken(name, f"{len(same)} + {new} instances of {spec.name}")
@@ -239,21 +186,28 @@ def _same_launch(step: Step, action: StartInstance) -> list[ExitRecord]:
 def room_on_its_way_is_kept_for_the_first_in_line(step: Step) -> None:
     """While memory is being freed that lets the first waiter in, nobody behind it takes so much that it no longer would."""
     waiters = [spec for spec in step.desired.models.values() if _waits_for_room(step, spec)]
-    if not waiters or not step.plan.accounts:
+    if not waiters or not step.plan.accounts or step.loans_wait():
         return
     first = min(waiters, key=lambda spec: _rank(step, spec))
-    account = step.plan.accounts[HOST_RAM]
-    needs = [offer.estimate.total for offer in step.observed.candidates[first.name] if offer.estimate is not None]
+    needs = step.needs(first.name)
     if len(needs) != 1:
         return  # which engine it is kept for depends on which of them backs off
-    coming = account.room + account.releasing
+    coming = step.coming_room()
     behind = [action for action in step.starts() if _rank(step, action.spec) > _rank(step, first)]
-    ahead = sum(action.placement.total for action in step.starts() if action not in behind)
-    taken = sum(action.placement.total for action in behind)
-    if taken and needs[0] <= coming - ahead < needs[0] + taken:
+    for reserved in [action.placement.reserved for action in step.starts() if action not in behind] + [
+        action.reserved for action in step.grants()
+    ]:
+        step.add(coming, reserved, -1)
+    if not behind or not step.fits(needs[0], first, coming):
+        return
+    for view in step.sent_away():
+        step.add(coming, view.placement.reserved)
+    for action in behind:
+        step.add(coming, action.placement.reserved, -1)
+    if not step.fits(needs[0], first, coming):
         raise Broken(
             "room_on_its_way_is_kept_for_the_first_in_line",
-            f"{first.name} needs {needs[0]} of {coming - ahead}, {[str(action.instance) for action in behind]} took {taken}",
+            f"{first.name} needs {needs[0].total} of {coming}, taken by {[str(action.instance) for action in behind]}",
         )
 
 
@@ -272,7 +226,8 @@ def no_more_is_evicted_than_the_waiters_need(step: Step) -> None:
     evicted = [step.view(action) for action in step.stops() if action.reason is StopReason.EVICTED]
     if (
         not evicted
-        or not step.plan.accounts
+        or set(step.plan.accounts) != {HOST_RAM}
+        or step.demand.loans
         or len({action.why for action in step.stops() if action.reason is StopReason.EVICTED}) > 1
     ):
         return  # of two who make room one after the other, the second may make the first's victim needless
@@ -301,6 +256,7 @@ def every_model_gets_a_verdict(step: Step) -> None:
 
 
 STEP: tuple[Callable[[Step], None], ...] = (
+    *DEVICE_STEP,
     reserved_memory_stays_within_each_devices_limit_releasing_included,
     a_start_never_takes_memory_that_others_use_or_were_promised,
     an_instance_with_an_action_in_flight_gets_no_other,
@@ -331,7 +287,9 @@ def the_same_inputs_in_any_order_give_the_same_plan(step: Step, seed: int = 1) -
     desired = replace(step.desired, models=shuffled(step.desired.models))
     fields = ("instances", "devices", "candidates", "exits", "launches")
     observed = replace(step.observed, **{name: shuffled(getattr(step.observed, name)) for name in fields})
-    demand = replace(step.demand, **{name: shuffled(getattr(step.demand, name)) for name in ("waiting", "leases", "last_used")})
+    demand = replace(
+        step.demand, **{name: shuffled(getattr(step.demand, name)) for name in ("waiting", "leases", "last_used", "loans")}
+    )
     again = plan(desired, observed, demand, now=Instant(step.now))
     if again != step.plan:
         raise Broken("the_same_inputs_in_any_order_give_the_same_plan", f"{step.plan}\n{again}")
@@ -340,8 +298,11 @@ def the_same_inputs_in_any_order_give_the_same_plan(step: Step, seed: int = 1) -
 def a_missing_observation_never_causes_a_stop(step: Step) -> None:
     """Whoever leaves when memory or a model's facts cannot be read would leave as well if they could."""
     ends = {action.instance for action in step.ends()}
-    unread = [replace(step.observed, devices={}), replace(step.observed, candidates={})]
-    unread.append(replace(step.observed, candidates={name: _unknown(offers) for name, offers in step.observed.candidates.items()}))
+    unread = [replace(step.observed, devices={})]
+    if not step.loans_wait():  # for a loan others leave when it is not known who is about to be replaced
+        unread.append(replace(step.observed, candidates={}))
+        unknown = {name: _unknown(offers) for name, offers in step.observed.candidates.items()}
+        unread.append(replace(step.observed, candidates=unknown))
     for observed in unread:
         blind = plan(step.desired, observed, step.demand, now=Instant(step.now))
         more = [
@@ -375,13 +336,14 @@ REPLAN: tuple[Callable[[Step], None], ...] = (
     the_same_inputs_in_any_order_give_the_same_plan,
     a_missing_observation_never_causes_a_stop,
     nothing_changes_before_the_plan_wakes,
+    *DEVICE_REPLAN,
 )
 
 
 def a_plan_that_was_carried_out_has_nothing_to_add(step: Step, after: Step) -> None:
     """Asked again at once, the planner plans nothing, unless forgetting or replacing an instance gave others new hope of room."""
     hope = any(
-        isinstance(action, ForgetInstance) or getattr(action, "reason", "") == StopReason.REPLACED for action in step.plan.actions
+        isinstance(action, ForgetInstance) or "its config changed" in getattr(action, "why", "") for action in step.plan.actions
     )
     if after.plan.actions and not hope:
         raise Broken("a_plan_that_was_carried_out_has_nothing_to_add", f"{step.plan.actions}\nthen {after.plan.actions}")
@@ -422,15 +384,16 @@ def every_model_that_must_run_does_or_says_why(world: World) -> None:
         name_ = "every_model_that_must_run_does_or_says_why"
         if state is not ModelState.WAITING:
             raise Broken(name_, f"{name} is {state}: {step.plan.decisions[name].sentence}")
-        stay = [
-            view.placement.total
-            for view in step.observed.instances.values()
-            if (other := world.desired.models[view.model]).pinned or _stays(other, spec)
-        ]
+        room: dict[DeviceId, int] = {device: account.limit for device, account in step.plan.accounts.items()}
+        for view in step.observed.instances.values():
+            if (other := world.desired.models[view.model]).pinned or _stays(other, spec):
+                step.add(room, view.placement.reserved, -1)
+        for loan in step.demand.loans.values():
+            step.add(room, loan.granted or {}, -step.weight(loan))
         short = step.plan.decisions[name].engines  # the others have a reason of their own
-        need = min(world.need(spec, backend) for backend in spec.backends if short.get(backend, "").startswith("needs"))
-        if need + sum(stay) <= step.plan.accounts[HOST_RAM].limit:
-            raise Broken(name_, f"{name} waits although only {stay} must stay: {step.plan.decisions[name].sentence}")
+        offers = [offer for offer in step.observed.candidates[name] if short.get(offer.backend, "").startswith("needs")]
+        if any(offer.estimate and step.fits(offer.estimate, spec, room) for offer in offers) and not step.loans_wait():
+            raise Broken(name_, f"{name} waits although {room} could be had: {step.plan.decisions[name].sentence}")
 
 
 def _stays(other: ModelSpec, spec: ModelSpec) -> bool:
@@ -447,10 +410,29 @@ def every_request_ended(world: World) -> None:
         raise Broken("every_request_ended", str(world.requests))
 
 
+def every_loan_that_can_be_had_is_granted(world: World) -> None:
+    """In a settled world a loan waits only when pinned models, other loans or the limit leave too little for it."""
+    step = take_step(world)
+    for loan in step.demand.loans.values():
+        room: dict[DeviceId, int] = {device: account.limit for device, account in step.plan.accounts.items()}
+        for view in step.observed.instances.values():
+            if world.desired.models[view.model].pinned:
+                step.add(room, view.placement.reserved, -1)
+        for other in step.demand.loans.values():
+            step.add(room, other.granted or {}, -step.weight(other))
+        if loan.granted is None and loan_fits(step, loan, room) and len(_waiting_loans(step)) == 1:
+            raise Broken("every_loan_that_can_be_had_is_granted", f"{room}: {step.plan.loans[loan.id]}")
+
+
+def _waiting_loans(step: Step) -> list[str]:
+    return [loan.id for loan in step.demand.loans.values() if loan.granted is None]
+
+
 LIVENESS: tuple[Callable[[World], None], ...] = (
     faults_stop_and_the_world_settles,
     every_model_that_must_run_does_or_says_why,
     every_request_ended,
+    every_loan_that_can_be_had_is_granted,
 )
 
 

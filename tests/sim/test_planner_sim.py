@@ -198,6 +198,8 @@ def pass_time(world: World, seconds: float) -> None:
     while world.now < until - 1e-9:
         made = check_cycle(world, replan=False).plan
         wake = until if made.wake_at is None or made.wake_at <= world.now else made.wake_at
+        if made.actions:
+            wake = world.now + 0.05  # what was done wakes the planner
         world.advance(max(1e-6, min(wake, until) - world.now))
     check_cycle(world)
 

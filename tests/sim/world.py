@@ -7,9 +7,10 @@ nothing by chance: whoever drives it draws from a seed or from hypothesis.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 
 from offloadd.plan.admission import Granted, Queued, Refused, Seat, admit, hopeless
 from offloadd.plan.planner import plan
@@ -17,20 +18,21 @@ from offloadd.state.actions import (
     Action,
     DrainInstance,
     ForgetInstance,
+    GrantLoan,
     ModelState,
     Plan,
     StartInstance,
     StopInstance,
     StopReason,
 )
-from offloadd.state.demand import Demand, Waiting
+from offloadd.state.demand import Demand, Loan, Waiting
 from offloadd.state.desired import DesiredState, ModelSpec, QueueLimits, RunMode
-from offloadd.state.ids import HOST_RAM, BackendName, DeviceId, InstanceId, ModelName
+from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
 from offloadd.state.launch import Candidate, ExitCause, ExitKind, ExitStatus, ModelFacts, Placement, VramEstimate
-from offloadd.state.observed import DeviceKind, DeviceView, ExitRecord, InstanceState, InstanceView, ObservedState
+from offloadd.state.observed import ExitRecord, InstanceState, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant, Seconds
+from tests.sim.machine import GIB, Card, Machine
 
-GIB = 2**30
 ALPHA, BETA = BackendName("alpha"), BackendName("beta")
 BETA_SHARE = 0.5
 """The second engine needs this part of the memory that the first one needs."""
@@ -94,7 +96,6 @@ class Process:
     ready_at: float | None = None
     deadline: float | None = None
     told: StopReason | None = None
-    taken: int = 0
     held: list[Request] = field(default_factory=list)
     hung_at: float | None = None
     last_sign: float | None = None
@@ -111,6 +112,29 @@ class Process:
         return self.hung_at is not None or now < self.silent_until or any(request.silent for request in self.held)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How a model's memory can be moved: in so many layers, with a part on every device that takes part and one in RAM, in GiB."""
+
+    layers: int = 0
+    fixed: float = 0.5
+    host: float = 0.0
+    output: float = 1.0
+    """Size of the last layer, the others being 1."""
+
+    def divide(self, total: int) -> VramEstimate:
+        """The estimate whose parts sum to `total`."""
+        host = Bytes(int(self.host * GIB))
+        if not self.layers:
+            return VramEstimate(total=Bytes(total), basis="drawn", host=host)
+        fixed = min(int(self.fixed * GIB), total // 2)
+        each = int((total - fixed) / (self.layers - 1 + self.output))
+        last = total - fixed - each * (self.layers - 1)
+        sizes = (*(Bytes(each),) * (self.layers - 1), Bytes(last))
+        on_host = Bytes(total - fixed + fixed // 2)
+        return VramEstimate(total=Bytes(total), basis="drawn", layers=sizes, fixed=Bytes(fixed), host=host, on_host=on_host)
+
+
 class Impossible(AssertionError):
     """An effect that no world allows, such as starting an instance whose number was used before."""
 
@@ -118,16 +142,27 @@ class Impossible(AssertionError):
 class World:
     """The machine, the requests and the config; `now` is virtual."""
 
-    def __init__(self, desired: DesiredState, sizes: Mapping[ModelName, float], *, total: float = 16.0) -> None:
+    def __init__(
+        self,
+        desired: DesiredState,
+        sizes: Mapping[ModelName, float],
+        *,
+        total: float = 16.0,
+        gpus: Sequence[Card] = (),
+        shapes: Mapping[ModelName, Shape] | None = None,
+    ) -> None:
         self.now = 1000.0
         self.desired = desired
         self.sizes = dict(sizes)
         """GiB that the first engine needs for each model, at its smallest context."""
-        self.total = int(total * GIB)
-        self.foreign = 0
-        self.ghosts = 0
-        """Memory of ended processes that the device still reports as used."""
+        self.shapes = dict(shapes or {})
+        self.machine = Machine(int(total * GIB), gpus)
         self.lag = 0.3
+        """How long the memory of ended processes still shows as used."""
+        self.loans: dict[str, Loan] = {}
+        """Those that are asked for or granted."""
+        self.unnamed: set[str] = set()
+        """Loans whose holders' processes are not known, so that nobody can measure them."""
         self.processes: dict[InstanceId, Process] = {}
         self.scripts: dict[ModelName, Script] = {}
         self.files: dict[ModelName, int] = {}
@@ -139,7 +174,6 @@ class World:
         """Those that have not ended."""
         self.ended: dict[str, int] = {}
         self.last_used: dict[ModelName, Instant] = {}
-        self.blind_device = False
         self.blind_models: set[ModelName] = set()
         """Models whose facts cannot be read now."""
         self.last_plan = Plan()
@@ -152,9 +186,11 @@ class World:
     def snapshot(self) -> tuple[ObservedState, Demand]:
         """The observed state and the demand, as of now. Requests are granted the moment that a slot is free, so before it."""
         self._serve()
+        self.machine.read(self.processes)
         observed = ObservedState(
             instances={process.id: self._view(process) for process in self.processes.values()},
-            devices={} if self.blind_device else {HOST_RAM: self.device()},
+            devices=self.machine.views(),
+            blind=self.machine.blind,
             candidates={name: self.candidates(spec) for name, spec in self.desired.models.items()},
             exits={name: tuple(records[-EXITS_KEPT:]) for name, records in self.exits.items()},
             launches=dict(self.launches),
@@ -165,17 +201,22 @@ class World:
             },
             leases={process.id: len(process.held) for process in self.processes.values() if process.held},
             last_used=dict(self.last_used),
+            loans={
+                name: loan if name in self.unnamed else replace(loan, measured=self.machine.measured(name))
+                for name, loan in self.loans.items()
+            },
         )
         return observed, demand
 
-    def device(self) -> DeviceView:
-        """The host's memory as it is read now."""
-        return DeviceView(id=HOST_RAM, kind=DeviceKind.HOST, name="RAM", total=Bytes(self.total), free=Bytes(self.free))
-
-    @property
-    def free(self) -> int:
-        taken = sum(process.taken for process in self.processes.values() if not process.gone)
-        return max(0, self.total - self.foreign - self.ghosts - taken)
+    def due(self, device: DeviceId) -> int:
+        """Bytes of this memory that are promised and not taken yet."""
+        pool = {card.id for card in self.machine.pool(device)}
+        promises: list[tuple[Hashable, Mapping[DeviceId, Bytes]]] = [
+            (process.id, process.placement.reserved) for process in self.processes.values() if not process.gone
+        ]
+        promises += [(name, loan.granted or {}) for name, loan in self.loans.items()]
+        sizes = [(owner, each, size) for owner, promise in promises for each, size in promise.items() if each in pool]
+        return sum(max(0, size - self.machine.held_by(owner, each)) for owner, each, size in sizes)
 
     def candidates(self, spec: ModelSpec) -> tuple[Candidate, ...]:
         """What each engine would offer; nothing is known of a model whose facts cannot be read."""
@@ -192,8 +233,8 @@ class World:
         return Candidate(
             backend=backend,
             facts=ModelFacts(path=spec.source, identity=str(self.files.get(spec.name, 0))),
-            fingerprint=f"{backend} {spec.source} {spec.context} {spec.args}",
-            estimate=VramEstimate(total=Bytes(self.need(spec, backend)), basis="drawn"),
+            fingerprint=f"{backend} {spec.source} {spec.context} {spec.args} {spec.devices} {spec.gpu_layers}",
+            estimate=self.shapes.get(spec.name, Shape()).divide(self.need(spec, backend)),
         )
 
     def _view(self, process: Process) -> InstanceView:
@@ -211,7 +252,8 @@ class World:
             ready_at=None if process.ready_at is None else Instant(process.ready_at),
             drain_deadline=None if process.deadline is None else Instant(process.deadline),
             last_sign=None if process.last_sign is None else Instant(process.last_sign),
-            measured={HOST_RAM: Bytes(process.taken)},
+            measured=self.machine.measured(process.id),
+            unreleased=self.machine.unreleased(process.id) if process.gone else {},
         )
 
     # Time
@@ -255,6 +297,8 @@ class World:
                     self._stop(action)
                 case ForgetInstance():
                     self._forget(action)
+                case GrantLoan():
+                    self._lend(action)
         self._serve()
 
     def _live(self, key: InstanceId, allowed: Sequence[InstanceState]) -> Process:
@@ -355,8 +399,8 @@ class World:
         self.exit(process, ExitCause(kind=kind, message=f"stopped: {process.told}"), ExitStatus(code=0))
 
     def _take(self, process: Process, share: float) -> None:
-        size = int(process.placement.total * share * process.script.takes)
-        process.taken = max(process.taken, size)
+        part = share * process.script.takes
+        self.machine.take(process.id, {device: int(size * part) for device, size in process.placement.reserved.items()})
 
     def crash(self, process: Process, message: str) -> None:
         """End it, whatever it does."""
@@ -381,17 +425,47 @@ class World:
         )
         self.exits.setdefault(process.id.model, []).append(record)
         self._enter(process, InstanceState.EXITED)
-        freed, process.taken = process.taken, 0
-        self.ghosts += freed
-        self._later(self.lag, lambda: self._released(freed))
+        self._let_go(process.id)
 
-    def _released(self, size: int) -> None:
-        self.ghosts -= size
+    def _let_go(self, owner: Hashable) -> None:
+        freed = self.machine.drop(owner)
+        self._later(self.lag, lambda: self.machine.came_back(freed))
 
     def hang(self, process: Process) -> None:
         """It holds its port and its memory, and does nothing any more."""
         if process.state in (InstanceState.READY, InstanceState.DRAINING) and process.hung_at is None:
             process.hung_at = self.now
+
+    # Loans
+
+    def borrow(self, gib: float, device: str = "auto", *, named: bool = True) -> str:
+        """Somebody asks for memory; the loan's id. Whose processes will use it is known when it is `named`."""
+        self._count += 1
+        name = f"loan-{self._count}"
+        self.loans[name] = Loan(id=name, size=Bytes(int(gib * GIB)), device=device, since=Instant(self.now), why="training")
+        if not named:
+            self.unnamed.add(name)
+        return name
+
+    def give_back(self, name: str) -> None:
+        """Its holder has ended, or has lost patience while waiting."""
+        del self.loans[name]
+        self._let_go(name)
+
+    def _lend(self, action: GrantLoan) -> None:
+        loan = self.loans.get(action.loan)
+        if loan is None:
+            return  # given up in the same moment
+        if loan.granted is not None:
+            raise Impossible(f"{loan.id} is granted twice")
+        self.loans[loan.id] = replace(loan, granted=action.reserved)
+        for delay, share in ((0.5, 0.3), (8.0, 1.0)):
+            self._later(delay, partial(self._use_loan, loan.id, share))
+
+    def _use_loan(self, name: str, share: float) -> None:
+        if name in self.loans:
+            granted = self.loans[name].granted or {}
+            self.machine.take(name, {device: int(size * share) for device, size in granted.items()})
 
     # Requests
 

@@ -130,6 +130,10 @@ class Options:
     def unified(self) -> bool:
         return "--kv-unified" in self.switches or self.number("--parallel", -1) < 1
 
+    @property
+    def tensor_split(self) -> list[float]:
+        return [float(part) for part in self.values.get("--tensor-split", "").split(",") if part]
+
     def slot_context(self, trained: int) -> int:
         """Tokens that fit into one slot: its share of the context, rounded up to a multiple of 256."""
         total = self.number("--ctx-size", 0) or trained

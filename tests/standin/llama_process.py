@@ -47,6 +47,7 @@ class Knobs:
     wrong_port: int | None = field(default_factory=lambda: int(found) if (found := _env("WRONG_PORT")) else None)
     mark_file: str | None = field(default_factory=lambda: _env("MARK_FILE"))
     alloc_mib: int = field(default_factory=lambda: int(_number("ALLOC_MIB")))
+    gpu_mib: float = field(default_factory=lambda: _number("GPU_MIB"))
 
 
 def say(text: str) -> None:
@@ -140,6 +141,20 @@ def start_log_flood(bytes_per_second: int) -> None:
 def allocate(mib: int) -> bytes:
     """Memory that is really there: every page is written."""
     return b"\x01" * (mib * 2**20)
+
+
+def hold_on_gpus(size: int, shares: list[float]) -> None:
+    """Hold `size` bytes on the cards of the fake libnvidia-ml.so.1 that CUDA_VISIBLE_DEVICES names, divided as `shares` says."""
+    cards = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
+    folder = os.environ.get("FAKE_NVML_PROCS")
+    if not (size and cards and folder):
+        return
+    parts = shares if len(shares) == len(cards) else [1.0] * len(cards)
+    rows = [f"{card} {int(size * part / sum(parts))}\n" for card, part in zip(cards, parts, strict=True)]
+    fresh = os.path.join(folder, f"{os.getpid()}.new")
+    with open(fresh, "w") as file:
+        file.writelines(rows)
+    os.replace(fresh, os.path.join(folder, str(os.getpid())))
 
 
 def complain(text: str) -> NoReturn:

@@ -24,6 +24,8 @@ Knobs are environment variables, so that `env:` of a model in offloadd's config 
     STANDIN_FORK_GRANDCHILD=600  leave a process behind, in a session of its own, that holds stdout and stderr for so many seconds
     STANDIN_LOG_FLOOD=1000000    write so many bytes of log per second
     STANDIN_ALLOC_MIB=256        allocate and touch so much memory while loading
+    STANDIN_GPU_MIB=10240        hold so much on the cards of CUDA_VISIBLE_DEVICES, growing while it loads and divided by
+                                 --tensor-split: cards of the fake libnvidia-ml.so.1 that FAKE_NVML_PROCS belongs to
     STANDIN_MARK_FILE=/some/file append a line per event, each beginning with the pid: `start`, `grandchild` (its own pid), `ready`,
                                  `term`, `request METHOD PATH`, `completed stream|plain TOKENS`, `cancelled stream|plain TOKENS`
 """
@@ -44,6 +46,7 @@ from llama_process import (
     complain,
     crash,
     fork_grandchild,
+    hold_on_gpus,
     leave,
     log,
     say,
@@ -53,6 +56,7 @@ from llama_process import (
 
 _VERSION = "version: 0.1.0-dev (build 1, commit 7e4c0a9)\nbuilt with a stand-in for tests"
 _BACKLOG = 512
+_LOAD_STEPS = 4
 
 
 def main(argv: list[str]) -> None:
@@ -147,7 +151,9 @@ def _serve(options: Options, knobs: Knobs, marks: Marks, file: ModelFile, listen
     async def load() -> object:
         """Everything between the open port and the first 200; what it returns is kept, since it may be the model's memory."""
         memory = await asyncio.to_thread(allocate, knobs.alloc_mib) if knobs.alloc_mib else b""
-        await asyncio.sleep(knobs.load_s)
+        for step in range(1, _LOAD_STEPS + 1):
+            hold_on_gpus(int(knobs.gpu_mib * 2**20 * step / _LOAD_STEPS), options.tensor_split)
+            await asyncio.sleep(knobs.load_s / _LOAD_STEPS)
         if knobs.crash_while_loading is not None:
             crash(knobs.crash_while_loading)
         if knobs.never_ready:

@@ -1,0 +1,133 @@
+"""One planner cycle as the properties see it, and what they raise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from offloadd.plan.accounting import pool
+from offloadd.plan.placement import Site, place
+from offloadd.plan.planner import plan
+from offloadd.state.actions import Action, DrainInstance, ForgetInstance, GrantLoan, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.demand import Demand, Loan
+from offloadd.state.desired import DesiredState, ModelSpec
+from offloadd.state.ids import DeviceId, InstanceId, ModelName
+from offloadd.state.launch import Placement, VramEstimate
+from offloadd.state.observed import LEAVING, InstanceView, ObservedState
+from offloadd.units import Bytes, Instant
+from tests.sim.world import World
+
+
+class Broken(AssertionError):
+    """A property that did not hold."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        super().__init__(f"{name.replace('_', ' ')}: NOT SO: {detail}")
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One planner cycle: what went in, and what came out."""
+
+    world: World
+    desired: DesiredState
+    observed: ObservedState
+    demand: Demand
+    now: float
+    plan: Plan
+
+    def starts(self) -> list[StartInstance]:
+        return [action for action in self.plan.actions if isinstance(action, StartInstance)]
+
+    def stops(self) -> list[StopInstance]:
+        return [action for action in self.plan.actions if isinstance(action, StopInstance)]
+
+    def ends(self) -> list[StopInstance | DrainInstance]:
+        return [action for action in self.plan.actions if isinstance(action, StopInstance | DrainInstance)]
+
+    def grants(self) -> list[GrantLoan]:
+        return [action for action in self.plan.actions if isinstance(action, GrantLoan)]
+
+    def on_instances(self) -> list[StartInstance | StopInstance | DrainInstance | ForgetInstance]:
+        return [action for action in self.plan.actions if not isinstance(action, GrantLoan)]
+
+    def evictions(self) -> list[StopInstance | DrainInstance]:
+        return [action for action in self.ends() if is_eviction(action)]
+
+    def view(self, action: StopInstance | DrainInstance | ForgetInstance) -> InstanceView:
+        return self.observed.instances[action.instance]
+
+    def leases(self, key: InstanceId) -> int:
+        return self.demand.leases.get(key, 0)
+
+    def spec(self, model: ModelName) -> ModelSpec | None:
+        return self.desired.models.get(model)
+
+    def needs(self, model: ModelName) -> list[VramEstimate]:
+        """What each engine would need for it."""
+        return [offer.estimate for offer in self.observed.candidates[model] if offer.estimate is not None]
+
+    # Memory
+
+    def pool(self, device: DeviceId) -> tuple[DeviceId, ...]:
+        return pool(device, self.observed.devices)
+
+    def on_pool(self, reserved: Mapping[DeviceId, int], device: DeviceId) -> int:
+        """How much of these bytes lies in the memory that `device` is."""
+        return sum(size for each, size in reserved.items() if each in self.pool(device))
+
+    def new_on(self, device: DeviceId) -> int:
+        """Bytes that this plan promises there."""
+        promises = [action.placement.reserved for action in self.starts()] + [action.reserved for action in self.grants()]
+        return sum(self.on_pool(reserved, device) for reserved in promises)
+
+    def held_on(self, device: DeviceId) -> int:
+        """Bytes promised there before this plan, to instances on the books and to borrowers."""
+        promises = [view.placement.reserved for view in self.observed.instances.values()]
+        promises += [loan.granted or {} for loan in self.demand.loans.values()]
+        return sum(self.on_pool(reserved, device) for reserved in promises)
+
+    def loans_wait(self) -> bool:
+        granted = {action.loan for action in self.grants()}
+        return any(loan.granted is None and loan.id not in granted for loan in self.demand.loans.values())
+
+    def weight(self, loan: Loan) -> int:
+        """A loan that nobody can measure counts twice once it is used: as used by somebody, and as not taken yet."""
+        return 2 if loan.id in self.world.unnamed else 1
+
+    def unified_is_unread(self) -> bool:
+        """Whether a part of RAM's promises stands under a name of which nobody knows now that it is RAM."""
+        return any(card.unified and card.id not in self.observed.devices for card in self.world.machine.gpus)
+
+    def site(self) -> Site:
+        return Site(devices=self.observed.devices, accounts=self.plan.accounts, blind=self.observed.blind)
+
+    def fits(self, need: VramEstimate, spec: ModelSpec, room: Mapping[DeviceId, int]) -> bool:
+        rooms = {device: Bytes(size) for device, size in room.items()}
+        return isinstance(place(need, spec, rooms, self.site()), Placement)
+
+    def coming_room(self) -> dict[DeviceId, int]:
+        """Room before this plan's claims, with all that was on its way back before it."""
+        return {device: account.room + account.releasing for device, account in self.plan.accounts.items()}
+
+    def sent_away(self) -> list[InstanceView]:
+        """Instances that leave by this plan."""
+        return [view for view in map(self.view, self.ends()) if view.state not in LEAVING]
+
+    def add(self, room: dict[DeviceId, int], reserved: Mapping[DeviceId, int], sign: int = 1) -> None:
+        for device in room:
+            room[device] += sign * self.on_pool(reserved, device)
+
+
+def is_eviction(action: Action) -> bool:
+    if isinstance(action, StopInstance):
+        return action.reason is StopReason.EVICTED
+    return isinstance(action, DrainInstance) and action.why.startswith("to make room for")
+
+
+def take_step(world: World) -> Step:
+    """Plan the world as it is now; nothing is applied."""
+    observed, demand = world.snapshot()
+    made = plan(world.desired, observed, demand, now=Instant(world.now))
+    return Step(world=world, desired=world.desired, observed=observed, demand=demand, now=world.now, plan=made)
