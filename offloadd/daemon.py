@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -124,7 +124,12 @@ class Daemon:
         await self._look_ahead(self._store.applied.desired)
         self._store.follow(before=self._look_ahead, after=self._follow_config)
         async with self._serving(), asyncio.TaskGroup() as group:
-            loops = (self._reconciler.run(), self._keep_fresh(), self._keep_logs(), self._store.watch())
+            loops = (
+                self._reconciler.run(),
+                self._keep("a look at the machine", self._look_again),
+                self._keep("the trimming of logs", self._trim_logs),
+                self._keep("the watch of the config", self._store.watch),
+            )
             tasks = [group.create_task(loop) for loop in loops]
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
             started(self)
@@ -235,21 +240,30 @@ class Daemon:
         await self._executor.wait_all()
         log.info("stopped: no process is left")
 
-    async def _keep_fresh(self) -> None:
-        """Look again now and then, and soon after an instance has ended, until its memory is seen to be free."""
+    async def _keep(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
+        """Take the step for ever. One that fails is logged, and the next is taken: no loop may take the servers down with it."""
         while True:
-            soon = any(view.unreleased for view in self._observed().instances.values())
-            with suppress(TimeoutError):
-                async with asyncio.timeout(RELEASE_POLL if soon else REFRESH):
-                    await self._look_soon.wait()
-            self._look_soon.clear()
-            loaded = self._ready()
-            if soon:
-                await self._observer.read_memory(self._pids())
-            else:
-                await self._observer.refresh(self._desired(), self._pids())
-            self._wake()
-            await self._learn(loaded & self._ready())
+            try:
+                await step()
+            except Exception:
+                log.exception("%s failed", what)
+                await asyncio.sleep(REFRESH)
+
+    async def _look_again(self) -> None:
+        """Look again after a while, or soon after an instance has ended, until its memory is seen to be free."""
+        soon = any(view.unreleased for view in self._observed().instances.values())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RELEASE_POLL if soon else REFRESH):
+                await self._look_soon.wait()
+        self._look_soon.clear()
+        loaded = self._ready()
+        if soon:
+            await self._observer.read_memory(self._pids)
+        else:
+            await self._observer.refresh(self._desired, self._pids)
+        self._observer.holdings.forget({*self._executor.views(), *self._loans.loans()})
+        self._wake()
+        await self._learn(loaded & self._ready())
 
     def _ready(self) -> set[InstanceId]:
         return {key for key, view in self._executor.views().items() if view.state is InstanceState.READY}
@@ -263,14 +277,13 @@ class Daemon:
             self._saved.update(fresh)
             self._observer.know(self._saved)
 
-    async def _keep_logs(self) -> None:
-        while True:
-            await asyncio.sleep(TRIM)
-            await asyncio.to_thread(self._logs.trim, list(self._executor.views()))
+    async def _trim_logs(self) -> None:
+        await asyncio.sleep(TRIM)
+        await asyncio.to_thread(self._logs.trim, list(self._executor.views()))
 
     async def _look_ahead(self, desired: DesiredState) -> None:
         """Read the files and engines that a new config names, so that the first plan for it knows them."""
-        await self._observer.refresh(desired, self._pids())
+        await self._observer.refresh(lambda: desired, self._pids)
 
     def _follow_config(self) -> None:
         models = self._store.applied.desired.models
@@ -290,8 +303,6 @@ class Daemon:
 
     def _pids(self) -> dict[Hashable, int]:
         """Leaders of all process trees whose memory is measured."""
-        owners: set[Hashable] = {*self._executor.views(), *self._loans.loans()}
-        self._observer.holdings.forget(owners)
         pids: list[tuple[Hashable, int]] = [*self._executor.pids().items(), *self._loans.pids().items()]
         return dict(pids)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from offloadd.backends.base import Backend
 from offloadd.environment import engine_environment
+from offloadd.observe.devices.aside import aside
 from offloadd.state.desired import Engine
 from offloadd.state.ids import DeviceKind
 from offloadd.state.observed import EngineView
@@ -41,26 +42,44 @@ class EngineFinder:
         if backend is None:
             problem = f"this version of offloadd cannot run {engine.adapter} yet"
             return EngineView(name=engine.name, problem=problem, hint="name an engine that it can run in backends")
-        path = await asyncio.to_thread(shutil.which, engine.command[0])
-        if path is None:
+        try:
+            async with asyncio.timeout(_TIMEOUT):
+                found = await aside(lambda: _find(engine.command[0]), name=f"look for {engine.name}")
+        except (OSError, TimeoutError) as error:
+            problem = f"cannot look for {engine.command[0]}: {error or 'no answer from its disk'}"
+            return EngineView(name=engine.name, problem=problem, hint="see PATH, and the disks that it names")
+        if found is None:
             hint = f"install it, or set backends.{engine.name}.command to its full path"
             return EngineView(name=engine.name, problem=f"{engine.command[0]} is not on PATH", hint=hint)
-        said = await self._ask(engine, backend, path)
+        path, identity = found
+        said = await self._ask(engine, backend, path, identity)
         return EngineView(name=engine.name, path=path, version=said.version, gpus=said.gpus)
 
-    async def _ask(self, engine: Engine, backend: Backend, path: str) -> _Said:
-        about = await asyncio.to_thread(os.stat, path)
-        key = (engine.name, engine.command, tuple(sorted(engine.env.items())), about.st_mtime_ns, about.st_size)
-        if key not in self._said:
-            self._said = {old: said for old, said in self._said.items() if old[0] != engine.name}
-            version = await _run(engine, path, backend.version_argv)
-            devices = await _run(engine, path, backend.devices_argv) if backend.devices_argv else ""
-            self._said[key] = _Said(_version_in(version), backend.read_devices(devices))
-        return self._said[key]
+    async def _ask(self, engine: Engine, backend: Backend, path: str, identity: str) -> _Said:
+        """What it says of itself; asked again next time when it did not answer."""
+        key = (engine.name, identity, engine.command, tuple(sorted(engine.env.items())))
+        if key in self._said:
+            return self._said[key]
+        version = await _run(engine, path, backend.version_argv)
+        devices = await _run(engine, path, backend.devices_argv) if backend.devices_argv else ""
+        said = _Said(_version_in(version or ""), backend.read_devices(devices or ""))
+        if version is not None and devices is not None:
+            self._said = {old: known for old, known in self._said.items() if old[0] != engine.name}
+            self._said[key] = said
+        return said
 
 
-async def _run(engine: Engine, path: str, arguments: Sequence[str]) -> str:
-    """What the program prints, on either output; empty when it does not end in time."""
+def _find(program: str) -> tuple[str, str] | None:
+    """Its path, and what changes when another file takes its place; a store that gives all files one date is seen through."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    about = os.stat(path)  # noqa: PTH116
+    return path, f"{os.path.realpath(path)}:{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}"
+
+
+async def _run(engine: Engine, path: str, arguments: Sequence[str]) -> str | None:
+    """All that the program prints, on either output; None when it does not end by itself in time."""
     try:
         process = await asyncio.create_subprocess_exec(
             path,
@@ -72,18 +91,26 @@ async def _run(engine: Engine, path: str, arguments: Sequence[str]) -> str:
             env=engine_environment(engine.env),
         )
     except OSError:
-        return ""
+        return None
     try:
         assert process.stdout is not None  # noqa: S101  (asked for above)
         async with asyncio.timeout(_TIMEOUT):
-            return (await process.stdout.read(_MOST)).decode(errors="replace")
+            return (await _read_all(process.stdout)).decode(errors="replace")
     except TimeoutError:
-        return ""
+        return None
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 process.kill()
         await process.wait()
+
+
+async def _read_all(stream: asyncio.StreamReader) -> bytes:
+    """Until its end; what comes after the bound is read and dropped, so that the program can go on to its own end."""
+    kept = b""
+    while chunk := await stream.read(_MOST):
+        kept = (kept + chunk)[:_MOST]
+    return kept
 
 
 def _version_in(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container, Hashable, Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ class Holdings:
         self._unlisted_then: dict[Hashable, Sizes] = {}
         self._devices: Mapping[DeviceId, DeviceView] = {}
         self.foreign: dict[DeviceId, tuple[ForeignProcess, ...]] = {}
+        # A measurement that came late ends in its thread while the loop reads and forgets.
+        self._lock = threading.Lock()
 
     def measure(self, pids: Mapping[Hashable, int], devices: Mapping[DeviceId, DeviceView]) -> None:
         """Measure every owner's tree. Blocks. What was last seen of owners that are not in `pids` any more is kept."""
@@ -38,7 +41,14 @@ class Holdings:
         trees = {owner: tree(pid, children) for owner, pid in pids.items()}
         fresh = {owner: _held(found, devices) for owner, found in trees.items()}
         ours = {pid for found in trees.values() for pid in found}
-        self.foreign = {view.id: _foreign(view, ours) for view in devices.values() if view.processes}
+        foreign = {view.id: _foreign(view, ours) for view in devices.values() if view.processes}
+        with self._lock:
+            self.foreign = foreign
+            self._enter(fresh, trees, devices)
+
+    def _enter(
+        self, fresh: dict[Hashable, Sizes], trees: Mapping[Hashable, list[int]], devices: Mapping[DeviceId, DeviceView]
+    ) -> None:
         self._devices = devices
         self._free_now = {device: view.free for device, view in devices.items()}
         unlisted = {device: size for device, view in devices.items() if (size := _unlisted(view)) is not None}
@@ -54,9 +64,10 @@ class Holdings:
     def forget(self, kept: Container[Hashable]) -> None:
         """Drop owners that are not on the books any more."""
         books: tuple[dict[Hashable, Any], ...] = (self._peaks, self._last, self._free_then, self._trees, self._unlisted_then)
-        for book in books:
-            for owner in [owner for owner in book if owner not in kept]:
-                del book[owner]
+        with self._lock:
+            for book in books:
+                for owner in [owner for owner in book if owner not in kept]:
+                    del book[owner]
 
     def of(self, owner: Hashable) -> Sizes:
         """What it holds now; a device that is absent was not measured."""
@@ -71,10 +82,11 @@ class Holdings:
         if view.state is not InstanceState.EXITED:
             return {}
         missing: dict[DeviceId, Bytes] = {}
-        for device, size in self._last.get(view.id, {}).items():
-            taken = min(size, self._still_taken(view.id, device, size))
-            if device != HOST_RAM and taken > size * (1 - RETURNED):
-                missing[device] = Bytes(taken)
+        with self._lock:
+            for device, size in self._last.get(view.id, {}).items():
+                taken = min(size, self._still_taken(view.id, device, size))
+                if device != HOST_RAM and taken > size * (1 - RETURNED):
+                    missing[device] = Bytes(taken)
         return missing
 
     def _still_taken(self, owner: Hashable, device: DeviceId, size: Bytes) -> int:

@@ -20,7 +20,9 @@ class Prober:
         timeout = aiohttp.ClientTimeout(total=probe.timeout)
         try:
             async with self._session.get(endpoint.url + probe.path, timeout=timeout, allow_redirects=False) as answer:
-                body = await answer.content.read(_MAX_BODY)
+                body = b""
+                while len(body) < _MAX_BODY and (chunk := await answer.content.read(_MAX_BODY - len(body))):
+                    body += chunk
                 return ProbeReply(status=answer.status, body=body)
         except TimeoutError:
             return ProbeReply(status=None, error=f"no answer within {probe.timeout:g} s")

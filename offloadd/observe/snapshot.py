@@ -25,6 +25,7 @@ from offloadd.units import Seconds
 T = TypeVar("T")
 
 READ_TIMEOUT = Seconds(5)
+HOST = "host"
 
 
 class Observer:
@@ -42,6 +43,8 @@ class Observer:
         self._facts: dict[str, ModelFacts] = {}
         self._footprints: Mapping[str, Footprint] = {}
         self._offers: dict[tuple[ModelName, BackendName], tuple[object, Candidate]] = {}
+        self._turn = asyncio.Lock()
+        self._seen_by: dict[str, int] = {}
         self.holdings = Holdings()
         self.devices: dict[DeviceId, DeviceView] = {}
         self.engines: dict[BackendName, EngineView] = {}
@@ -58,34 +61,49 @@ class Observer:
 
     @property
     def blind(self) -> str:
-        """Why GPUs that are there cannot be seen; empty when some are seen, or when there are none."""
-        if any(view.kind is not DeviceKind.HOST for view in self.devices.values()):
-            return ""
-        return next((f"{what}: {why}" for what, why in self.problems.items() if "host" not in what and "device" in what), "")
+        """Why GPUs that are there cannot be seen: a reader of GPUs has trouble, and sees none. Empty when nobody has."""
+        for reader in self._readers:
+            late = self._late.get(_reading_of(reader), "")
+            if reader.name != HOST and not self._seen_by.get(reader.name) and (late or reader.problems):
+                return f"{reader.name} devices cannot be read: {late or '; '.join(reader.problems.values())}"
+        return ""
 
     def know(self, footprints: Mapping[str, Footprint]) -> None:
         """Use what earlier launches were seen to take."""
         self._footprints = dict(footprints)  # a copy, since offers remember the one that they were made from
 
-    async def refresh(self, desired: DesiredState, pids: Mapping[Hashable, int]) -> None:
-        """Read everything again for this config and these processes."""
+    async def refresh(self, desired: Callable[[], DesiredState], pids: Callable[[], Mapping[Hashable, int]]) -> None:
+        """Read everything again for this config and these processes.
+
+        One reading at a time. What to read is asked when its turn comes: a config that has been replaced meanwhile is of no use.
+        """
+        async with self._turn:
+            await self._refresh(desired(), pids())
+
+    async def read_memory(self, pids: Callable[[], Mapping[Hashable, int]]) -> None:
+        """Read the devices, and what each process tree holds of them."""
+        async with self._turn:
+            await self._read_memory(pids())
+
+    async def _refresh(self, desired: DesiredState, pids: Mapping[Hashable, int]) -> None:
         sources = sorted(self._named(desired))
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
         folders = desired.storage.models_path
         facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders))
         self._facts = self._facts if facts is None else facts
-        await self.read_memory(pids)
+        await self._read_memory(pids)
         self.consider(desired)
 
-    async def read_memory(self, pids: Mapping[Hashable, int]) -> None:
-        """Read the devices, and what each process tree holds of them."""
+    async def _read_memory(self, pids: Mapping[Hashable, int]) -> None:
         fresh: dict[DeviceId, DeviceView] = {}
         for reader in self._readers:
-            views = await self._in_time(f"reading of {reader.name} devices", reader.read)
+            views = await self._in_time(_reading_of(reader), reader.read)
             fresh.update({view.id: view for view in views or ()})
-        self.devices = fresh
+            # A processor's own graphics is no card: seeing it does not make up for one that cannot be seen.
+            self._seen_by[reader.name] = sum(view.kind is not DeviceKind.HOST and not view.unified for view in views or ())
         await self._in_time("reading of processes' memory", lambda: self.holdings.measure(pids, fresh))
+        self.devices = fresh
 
     def consider(self, desired: DesiredState) -> None:
         """Work out the candidates of this config from the readings at hand, those anew whose basis has changed."""
@@ -177,3 +195,7 @@ class Observer:
         self._busy.discard(what)
         if not reading.cancelled():
             reading.exception()  # asked for, so that a failure after the deadline is not reported as never retrieved
+
+
+def _reading_of(reader: DeviceReader) -> str:
+    return f"reading of {reader.name} devices"

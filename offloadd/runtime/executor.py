@@ -113,7 +113,6 @@ class Executor:
         instance = Instance(action, self._backends[engine.adapter], engine, self._tools)
         self._instances[action.instance] = instance
         self._launches[action.instance.model] = max(action.instance.number, self._launches.get(action.instance.model, 0))
-        self._tools.logs.discard_old(action.instance)
         self._tasks[action.instance] = asyncio.create_task(self._run(instance), name=f"instance {action.instance}")
 
     async def _run(self, instance: Instance) -> None:

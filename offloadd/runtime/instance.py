@@ -106,6 +106,9 @@ class Instance:
 
     async def run(self) -> ExitRecord:
         """Spawn, watch, stop when told; returns when nothing of it is left."""
+        await asyncio.to_thread(self._tools.logs.discard_old, self.id)
+        if self._stopping.is_set():
+            return self.record(ExitStatus(), ExitCause(kind=ExitKind.STOPPED, message=self._stop_why))
         try:
             process = self._spawn()
         except OSError as error:

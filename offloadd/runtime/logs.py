@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from offloadd.state.ids import InstanceId, ModelName
@@ -43,7 +44,8 @@ class LogFolder:
         """Delete logs of the model's launches that are older than the last few before this one."""
         for found in self._entries():
             if found["model"] == instance.model and int(found["number"]) <= instance.number - KEPT_LAUNCHES:
-                (self._folder / found[0]).unlink(missing_ok=True)
+                with suppress(OSError):  # a disk that refuses keeps a log too many, not a model from starting
+                    (self._folder / found[0]).unlink()
 
     def trim(self, instances: Iterable[InstanceId]) -> None:
         """Cut files that have grown too long: the last part moves to `.1`, and the file begins anew.

@@ -51,7 +51,8 @@ class Reconciler:
         self._woken = asyncio.Event()
         self._said: dict[ModelName, str] = {}
         self.latest = Plan()
-        self.completed_at: Instant = clock.now()
+        self._tried_at: Instant = clock.now()
+        self.completed_at: Instant = self._tried_at
         self.problem = ""
         """Why the last cycle failed; empty when it did not."""
 
@@ -74,9 +75,10 @@ class Reconciler:
     def cycle(self) -> Plan:
         """Look, plan and hand over, in one synchronous step: nothing changes between the look and the effects' begin."""
         now = self._clock.now()
-        if now - self.completed_at > ASLEEP:
-            log.warning("no cycle for %g s: the machine or the daemon was suspended", now - self.completed_at)
+        if now - self._tried_at > ASLEEP:
+            log.warning("no cycle for %g s: the machine or the daemon was suspended", now - self._tried_at)
             self._woke_up()
+        self._tried_at = now
         desired = self._desired()
         answer = plan(desired, self._observed(), self._demand(), now=now)
         self.latest = answer
@@ -89,8 +91,10 @@ class Reconciler:
         try:
             answer = self.cycle()
         except Exception as error:
-            log.exception("reconcile cycle failed")
-            self.problem = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error}"
+            if problem != self.problem:
+                log.exception("reconcile cycle failed")
+            self.problem = problem
             return _AFTER_ERROR
         self.problem = ""
         if answer.wake_at is None:

@@ -92,8 +92,8 @@ class ConfigStore:
         """Reload whenever the content changes, by event or by poll."""
         while True:
             folders = await asyncio.to_thread(watched_folders, self._path)
-            await self._look()  # at what changed while nothing was watched
             try:
+                await self._look()  # at what changed while nothing was watched
                 await self._watch(folders)
             except (OSError, RuntimeError) as error:
                 # A folder went away in this moment, or the system has no watch left: looking now and then still works.
@@ -112,9 +112,13 @@ class ConfigStore:
     async def _reload(self, why: str) -> Attempt:
         async with self._lock:
             self._queued = None
-            attempt = await self._try(why)
-            self.attempt = attempt
-            return attempt
+            try:
+                self.attempt = await self._try(why)
+            except Exception as error:
+                # The config in force stays in force, and the next reload may fare better.
+                log.exception("reload (%s) failed", why)
+                self.attempt = Attempt(wall=self._clock.wall(), message=f"internal error: {type(error).__name__}: {error}")
+            return self.attempt
 
     async def _try(self, why: str) -> Attempt:
         try:

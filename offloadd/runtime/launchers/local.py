@@ -74,7 +74,13 @@ class LocalLauncher:
                 env=self._environment(launch.env, mark),
                 start_new_session=True,
             )
-        return LocalProcess(child)
+        try:
+            return LocalProcess(child)
+        except OSError:
+            # No descriptor left to watch it by: a process that nobody watches must not live.
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
 
     def sweep(self, mark: str) -> int:
         """Kill what carries the mark though it left the group, as a daemonised grandchild does; the number killed. Blocks."""
