@@ -59,21 +59,26 @@ async def _granted(answer: aiohttp.ClientResponse) -> Mapping[str, int]:
 async def _use(answer: aiohttp.ClientResponse, devices: Mapping[str, int], command: Sequence[str]) -> int:
     gpus = ",".join(name for name in devices if name not in _NOT_GPUS)
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "ROCR_VISIBLE_DEVICES": gpus} if gpus else None
+    started: list[asyncio.subprocess.Process] = []
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, _pass_on, started, number)
+    # The terminal sends Ctrl-C to the command as well: it decides, and we outlast it.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, lambda: None)
     try:
         process = await asyncio.create_subprocess_exec(*command, env=env)
     except OSError as error:
         raise OffloaddError(f"cannot run {command[0]}: {error.strerror}") from None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, _pass_on, process, number)
+    started.append(process)
     watching = asyncio.create_task(_watch(answer))
     code = await process.wait()
     watching.cancel()
     return code if code >= 0 else 128 - code
 
 
-def _pass_on(process: asyncio.subprocess.Process, number: int) -> None:
-    if process.returncode is None:
-        process.send_signal(number)
+def _pass_on(started: Sequence[asyncio.subprocess.Process], number: int) -> None:
+    for process in started:
+        if process.returncode is None:
+            process.send_signal(number)
 
 
 async def _watch(answer: aiohttp.ClientResponse) -> None:

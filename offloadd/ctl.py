@@ -51,7 +51,10 @@ class Server:
                 aiohttp.ClientSession(timeout=timeout) as session,
                 session.request(method, self.url.rstrip("/") + path) as answer,
             ):
-                return answer.status, await answer.json(content_type=None)
+                body = await answer.json(content_type=None)
+                if answer.status >= 400 and isinstance(body, dict) and "error" in body:
+                    raise OffloaddError(f"{self.url} refuses: {body['error']['message']}")
+                return answer.status, body
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             hint = "is the daemon running? systemctl status ml-offload-api; another address goes into --server or OFFLOADD_SERVER"
             raise OffloaddError(f"no answer from {self.url}: {error or type(error).__name__}", hint=hint) from None

@@ -17,7 +17,7 @@ from offloadd.api.app import build_app, request_id
 from offloadd.api.borrow import borrow_route
 from offloadd.api.listen import allowed_hosts, listen
 from offloadd.api.picture import ConfigStatus, Picture, Problem
-from offloadd.api.problems import Problems, of_memory, of_models
+from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models
 from offloadd.backends.base import Backend
 from offloadd.clock import Clock, SystemClock
 from offloadd.config import render_json
@@ -100,6 +100,7 @@ class Daemon:
         self._registry = Registry(data_dir / "registry.db")
         self._saved: dict[str, Footprint] = {}
         self._look_soon = asyncio.Event()
+        self._begun = store.applied.desired
         self._launcher = LocalLauncher(data_dir)
         self._logs = LogFolder(data_dir / "logs")
         self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake)
@@ -209,7 +210,7 @@ class Daemon:
         )
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
-        app = build_app(self, [*gateway.routes(), borrow], gateway.find, allowed_hosts(server.listen, server.allowed_hosts))
+        app = build_app(self, [*gateway.routes(), borrow], gateway.find, self._allowed_hosts)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
@@ -220,6 +221,10 @@ class Daemon:
         finally:
             await runner.cleanup()
             await gateway.close()
+
+    def _allowed_hosts(self) -> frozenset[str]:
+        """The names given by the present config, and those of the addresses that are really listened on."""
+        return allowed_hosts(self._begun.server.listen, self._store.applied.desired.server.allowed_hosts)
 
     async def _reload_by_signal(self) -> None:
         await self._store.reload("SIGHUP")
@@ -272,8 +277,10 @@ class Daemon:
         """Keep what instances that were `loaded` all through a reading were seen to take, for the next launch of the same kind."""
         found = learned(view for key, view in self._observed().instances.items() if key in loaded)
         fresh = {key: footprint for key, footprint in found.items() if is_news(footprint, self._saved.get(key))}
-        if fresh:
-            await asyncio.to_thread(self._registry.learn, fresh, self._clock.wall())
+        if not fresh:
+            return
+        written = await asyncio.to_thread(self._registry.learn, fresh, self._clock.wall())
+        if written:
             self._saved.update(fresh)
             self._observer.know(self._saved)
 
@@ -345,6 +352,8 @@ class Daemon:
             found[self._registry.problem] = "see that the disk has room and that the data folder is writable"
         if self._reconciler.problem:
             found[f"the last reconcile cycle failed: {self._reconciler.problem}"] = "this is a bug: see the log"
+        for name in changed_at_start(self._begun, self._store.applied.desired):
+            found[f"{name} was changed in the config and is still what it was at the start"] = "restart the daemon to change it"
         if not self._store.attempt.applied:
             found["the last config was refused; the one before it is in force"] = "run offloadd check on it, correct it and reload"
         found.update(of_models(self._reconciler.latest))

@@ -27,7 +27,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def build_app(
-    control: Control, routes: Iterable[web.RouteDef], find: Callable[[str], ModelSpec], allowed_hosts: Collection[str]
+    control: Control, routes: Iterable[web.RouteDef], find: Callable[[str], ModelSpec], allowed_hosts: Callable[[], Collection[str]]
 ) -> web.Application:
     """The whole API: the control plane's own routes and those of the data plane. `find` resolves a model's name or alias."""
     app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(allowed_hosts)])
@@ -100,13 +100,13 @@ def _show_backend(control: Control) -> Handler:
     return handler
 
 
-def _middleware(allowed_hosts: Collection[str]) -> Any:
+def _middleware(allowed_hosts: Callable[[], Collection[str]]) -> Any:
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
         request[_ID_KEY] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         try:
-            check_host(request, allowed_hosts)
+            check_host(request, allowed_hosts())
             check_site(request)
             _check_length(request)
             response = await handler(request)

@@ -10,6 +10,8 @@ from aiohttp import web
 from offloadd.errors import RequestError
 
 _CHANGING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+_LOADING = "/upstream/"
+"""Below it, a GET too may load a model, and have another one leave for it."""
 _FORBIDDEN_IN_HOST = frozenset("/?#@\\")
 
 
@@ -31,7 +33,7 @@ def check_host(request: web.Request, allowed: Collection[str]) -> None:
 
 def check_site(request: web.Request) -> None:
     """Refuse calls that a browser makes for another site's page and that would cost or change something."""
-    if request.method not in _CHANGING:
+    if request.method not in _CHANGING and not request.path.startswith(_LOADING):
         return
     if request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site") or request.headers.get("Origin") == "null":
         raise RequestError(403, "cross_site", "calls from other sites' pages are not accepted")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from offloadd.api.picture import Problem
 from offloadd.state.actions import ModelState, Plan
+from offloadd.state.desired import DesiredState
 from offloadd.state.observed import ObservedState
 from offloadd.units import format_bytes
 
 DRIFT = 1.1
 """An instance that takes more than this multiple of what it was promised is reported."""
+
+
+_NUMBERS = re.compile(r"\d+(\.\d+)?( (ms|s|min|h|d|B|KiB|MiB|GiB))*")
 
 
 class Problems:
@@ -20,9 +25,10 @@ class Problems:
         self._since: dict[str, float] = {}
 
     def list(self, found: Mapping[str, str], wall: float) -> list[Problem]:
-        """The problems (text and hint) as of now, in Unix seconds."""
-        self._since = {what: self._since.get(what, wall) for what in found}
-        return [Problem(what=what, since=self._since[what], hint=hint) for what, hint in found.items()]
+        """The problems (text and hint) as of now, in Unix seconds. Numbers in a text change, and it is the same problem still."""
+        gists = {what: _NUMBERS.sub("#", what) for what in found}
+        self._since = {gist: self._since.get(gist, wall) for gist in gists.values()}
+        return [Problem(what=what, since=self._since[gists[what]], hint=hint) for what, hint in found.items()]
 
 
 def of_models(plan: Plan) -> Iterable[tuple[str, str]]:
@@ -40,3 +46,11 @@ def of_memory(observed: ObservedState) -> Iterable[tuple[str, str]]:
             if taken > promised * DRIFT:
                 text = f"{view.id} takes {format_bytes(taken)} on {device}, promised were {format_bytes(promised)}"
                 yield text, "its next launch is given what was measured; set vram to say so now"
+
+
+def changed_at_start(begun: DesiredState, present: DesiredState) -> Iterable[str]:
+    """Settings that are read at the start only, and that the config in force has otherwise."""
+    if begun.server.listen != present.server.listen:
+        yield "server.listen"
+    if begun.storage.data_dir != present.storage.data_dir:
+        yield "storage.data_dir"

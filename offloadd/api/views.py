@@ -104,6 +104,7 @@ def model(picture: Picture, spec: ModelSpec) -> Json:
         "origin": "configured",
         "run": spec.run,
         "aliases": list(spec.aliases),
+        **_shape(candidates),
         "context": spec.context,
         "parallel": spec.parallel,
         "size_bytes": next((c.facts.size for c in candidates if c.facts.size is not None), None),
@@ -229,11 +230,23 @@ def _fits(picture: Picture, spec: ModelSpec, candidates: Sequence[Candidate]) ->
     return "never" if all(answer.never for answer in asked) else "after eviction"
 
 
+def _shape(candidates: Sequence[Candidate]) -> Json:
+    """What the model's file says of itself; empty where it could not be read."""
+    shape = next((c.facts.shape for c in candidates if c.facts.shape is not None), None)
+    capabilities = [] if shape is None else ["chat"] * shape.chat_template + ["completion" if shape.causal else "embedding"]
+    return {
+        "architecture": shape.architecture if shape else "",
+        "parameters": shape.parameters if shape else None,
+        "quantization": shape.quantization if shape else "",
+        "capabilities": capabilities,
+    }
+
+
 def _vram(candidates: Sequence[Candidate], views: Sequence[InstanceView]) -> Json:
     estimate = next((c.estimate for c in candidates if c.estimate is not None), None)
     measured = [sum(v.measured.values()) for v in views if v.measured and v.state not in LEAVING]
     return {
-        "estimated": estimate.total if estimate else None,
+        "estimated": (estimate.estimated or estimate.total) if estimate else None,
         "basis": estimate.basis if estimate else "",
         "learned": estimate.total if estimate and estimate.learned else None,
         "measured": max(measured) if measured else None,

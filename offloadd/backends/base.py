@@ -85,7 +85,8 @@ def fingerprint(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelF
     placement is made from is added, since a launch for nowhere does not show it.
     """
     launch = backend.launch(engine, spec, facts, NOWHERE, NO_ENDPOINT)
-    text = json.dumps([engine.name, launch.argv, sorted(launch.env.items()), spec.devices, spec.gpu_layers, spec.partial])
+    where = (spec.devices, spec.gpu_layers, spec.partial, spec.vram)
+    text = json.dumps([engine.name, launch.argv, sorted(launch.env.items()), where])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

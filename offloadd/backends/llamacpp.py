@@ -36,8 +36,12 @@ _MIB = 2**20
 _CELLS = 256
 """llama-server rounds the context of a slot up to a multiple of this."""
 _GPU_KINDS = (
-    (re.compile(r"^\s*(CUDA\d+:|Vulkan\d+: .*(NVIDIA|GeForce))", re.MULTILINE), DeviceKind.NVIDIA),
-    (re.compile(r"^\s*(ROCm\d+:|HIP\d+:|Vulkan\d+: .*(AMD|Radeon))", re.MULTILINE), DeviceKind.AMD),
+    (re.compile(r"^\s*CUDA\d+:", re.MULTILINE), DeviceKind.NVIDIA),
+    (re.compile(r"^\s*(ROCm|HIP)\d+:", re.MULTILINE), DeviceKind.AMD),
+)
+_VULKAN_KINDS = (
+    (re.compile(r"^\s*Vulkan\d+: .*(NVIDIA|GeForce)", re.MULTILINE), DeviceKind.NVIDIA),
+    (re.compile(r"^\s*Vulkan\d+: .*(AMD|Radeon)", re.MULTILINE), DeviceKind.AMD),
 )
 _CHECKPOINTS = 4
 _BATCH = 2048
@@ -182,9 +186,15 @@ class LlamaCpp:
     devices_argv = ("--list-devices",)
 
     def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
-        """Lines such as `CUDA0: NVIDIA GeForce RTX 3060 (12288 MiB, 11650 MiB free)` below `Available devices:`."""
+        """Lines such as `CUDA0: NVIDIA GeForce RTX 3060 (12288 MiB, 11650 MiB free)` below `Available devices:`.
+
+        Vulkan numbers cards in its own way and heeds no UUID, so such a build is trusted with a card only where there is but one.
+        """
         _, found, listed = text.partition("Available devices:")
-        return frozenset(kind for pattern, kind in _GPU_KINDS if pattern.search(listed)) if found else None
+        if not found:
+            return None
+        patterns = _GPU_KINDS if listed.count("Vulkan") > 1 else (*_GPU_KINDS, *_VULKAN_KINDS)
+        return frozenset(kind for pattern, kind in patterns if pattern.search(listed))
 
     def companions(self, spec: ModelSpec) -> tuple[str, ...]:
         """The multimodal projector and LoRA adapters."""

@@ -81,10 +81,7 @@ class Auth(Section):
 class Server(Section):
     """The API's own side."""
 
-    listen: Annotated[
-        fields.Listen,
-        NotYet("unix: addresses are not listened on yet", lambda value: any(item.startswith("unix:") for item in value)),
-    ] = _SERVER.listen
+    listen: fields.Listen = _SERVER.listen
     """Addresses: `host:port`, `[::1]:9000` or `unix:/path`. Sockets passed by systemd win."""
     allowed_hosts: Annotated[tuple[fields.HostName, ...], Strict(False)] = _SERVER.allowed_hosts
     """`Host` names that are answered, beside loopback and the listen addresses."""
@@ -200,7 +197,7 @@ class ReplicaRange(Section):
 class Queue(Section):
     """Requests that wait for the model."""
 
-    max_waiting: Annotated[int, Field(ge=0, le=100_000)] = _QUEUE.max_waiting
+    max_waiting: Annotated[int, Field(ge=1, le=100_000)] = _QUEUE.max_waiting
     """How many may wait at once; more are refused with 429."""
     max_wait: fields.Time = _QUEUE.max_wait
     """How long one may wait before it is answered with 504."""
@@ -298,7 +295,7 @@ class ModelSection(ModelSettings):
 class Discovery(Section):
     """Models found on disk that no entry names."""
 
-    enabled: Annotated[bool, NotYet("there is no discovery yet to turn off", lambda value: not value)] = True
+    enabled: Annotated[bool, NotYet("nothing is discovered yet")] = True
     """Whether `storage.models_path` is searched."""
     serve: Annotated[bool, NotYet("discovered models are not served yet", bool)] = False
     """Whether clients may use what was found."""

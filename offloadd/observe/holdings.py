@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Container, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from offloadd.observe.devices import held_by
@@ -19,11 +19,34 @@ RETURNED = 0.75
 Sizes = Mapping[DeviceId, Bytes]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One look at every owner's tree, and the devices' readings that it belongs to."""
+
+    held: Mapping[Hashable, Sizes]
+    trees: Mapping[Hashable, list[int]]
+    foreign: Mapping[DeviceId, tuple[ForeignProcess, ...]]
+    devices: Mapping[DeviceId, DeviceView]
+
+
+def measure(pids: Mapping[Hashable, int], devices: Mapping[DeviceId, DeviceView]) -> Measured:
+    """Measure every owner's tree, given its leader. Blocks."""
+    children = read_children() if pids else {}
+    trees = {owner: tree(pid, children) for owner, pid in pids.items()}
+    ours = {pid for found in trees.values() for pid in found}
+    return Measured(
+        held={owner: _held(found, devices) for owner, found in trees.items()},
+        trees=trees,
+        foreign={view.id: _foreign(view, ours) for view in devices.values() if view.processes},
+        devices=devices,
+    )
+
+
 class Holdings:
     """Measurements by owner: an instance or a loan."""
 
     def __init__(self) -> None:
-        self._held: dict[Hashable, Sizes] = {}
+        self._held: Mapping[Hashable, Sizes] = {}
         self._peaks: dict[Hashable, dict[DeviceId, Bytes]] = {}
         self._last: dict[Hashable, Sizes] = {}
         self._free_then: dict[Hashable, Sizes] = {}
@@ -31,43 +54,28 @@ class Holdings:
         self._trees: dict[Hashable, list[int]] = {}
         self._unlisted_then: dict[Hashable, Sizes] = {}
         self._devices: Mapping[DeviceId, DeviceView] = {}
-        self.foreign: dict[DeviceId, tuple[ForeignProcess, ...]] = {}
-        # A measurement that came late ends in its thread while the loop reads and forgets.
-        self._lock = threading.Lock()
+        self.foreign: Mapping[DeviceId, tuple[ForeignProcess, ...]] = {}
 
-    def measure(self, pids: Mapping[Hashable, int], devices: Mapping[DeviceId, DeviceView]) -> None:
-        """Measure every owner's tree. Blocks. What was last seen of owners that are not in `pids` any more is kept."""
-        children = read_children() if pids else {}
-        trees = {owner: tree(pid, children) for owner, pid in pids.items()}
-        fresh = {owner: _held(found, devices) for owner, found in trees.items()}
-        ours = {pid for found in trees.values() for pid in found}
-        foreign = {view.id: _foreign(view, ours) for view in devices.values() if view.processes}
-        with self._lock:
-            self.foreign = foreign
-            self._enter(fresh, trees, devices)
-
-    def _enter(
-        self, fresh: dict[Hashable, Sizes], trees: Mapping[Hashable, list[int]], devices: Mapping[DeviceId, DeviceView]
-    ) -> None:
-        self._devices = devices
-        self._free_now = {device: view.free for device, view in devices.items()}
-        unlisted = {device: size for device, view in devices.items() if (size := _unlisted(view)) is not None}
-        for owner, sizes in fresh.items():
+    def keep(self, seen: Measured) -> None:
+        """Take over a look, the devices' readings with it. What was last seen of owners that are not in it any more is kept."""
+        self._devices = seen.devices
+        self._free_now = {device: view.free for device, view in seen.devices.items()}
+        unlisted = {device: size for device, view in seen.devices.items() if (size := _unlisted(view)) is not None}
+        for owner, sizes in seen.held.items():
             peaks = self._peaks.setdefault(owner, {})
             peaks.update({device: max(size, peaks.get(device, size)) for device, size in sizes.items()})
             # One that holds nothing now may be in the middle of its end, or its devices could not be read.
             if owner not in self._last or any(size for device, size in sizes.items() if device != HOST_RAM):
-                self._last[owner], self._trees[owner] = sizes, trees[owner]
+                self._last[owner], self._trees[owner] = sizes, seen.trees[owner]
                 self._free_then[owner], self._unlisted_then[owner] = self._free_now, unlisted
-        self._held = fresh
+        self._held, self.foreign = seen.held, seen.foreign
 
     def forget(self, kept: Container[Hashable]) -> None:
         """Drop owners that are not on the books any more."""
         books: tuple[dict[Hashable, Any], ...] = (self._peaks, self._last, self._free_then, self._trees, self._unlisted_then)
-        with self._lock:
-            for book in books:
-                for owner in [owner for owner in book if owner not in kept]:
-                    del book[owner]
+        for book in books:
+            for owner in [owner for owner in book if owner not in kept]:
+                del book[owner]
 
     def of(self, owner: Hashable) -> Sizes:
         """What it holds now; a device that is absent was not measured."""
@@ -82,11 +90,10 @@ class Holdings:
         if view.state is not InstanceState.EXITED:
             return {}
         missing: dict[DeviceId, Bytes] = {}
-        with self._lock:
-            for device, size in self._last.get(view.id, {}).items():
-                taken = min(size, self._still_taken(view.id, device, size))
-                if device != HOST_RAM and taken > size * (1 - RETURNED):
-                    missing[device] = Bytes(taken)
+        for device, size in self._last.get(view.id, {}).items():
+            taken = min(size, self._still_taken(view.id, device, size))
+            if device != HOST_RAM and taken > size * (1 - RETURNED):
+                missing[device] = Bytes(taken)
         return missing
 
     def _still_taken(self, owner: Hashable, device: DeviceId, size: Bytes) -> int:

@@ -39,4 +39,4 @@ def as_learned(estimate: VramEstimate, peak: Bytes) -> VramEstimate:
     layers = tuple(Bytes(int(size * scale)) for size in estimate.layers)
     fixed = Bytes(peak - sum(layers)) if layers else estimate.fixed
     basis = f"measured on an earlier launch: {format_bytes(peak)} (estimated {format_bytes(estimate.total)})"
-    return replace(estimate, total=peak, layers=layers, fixed=fixed, basis=basis, learned=True)
+    return replace(estimate, total=peak, layers=layers, fixed=fixed, basis=basis, learned=True, estimated=estimate.total)

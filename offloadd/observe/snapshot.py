@@ -12,7 +12,7 @@ from offloadd.backends.base import Backend
 from offloadd.observe.devices import DeviceReader
 from offloadd.observe.devices.aside import aside
 from offloadd.observe.engines import EngineFinder
-from offloadd.observe.holdings import Holdings
+from offloadd.observe.holdings import Holdings, measure
 from offloadd.observe.offers import make_offer
 from offloadd.observe.sources import Sources
 from offloadd.state.desired import DesiredState, ModelSpec
@@ -65,7 +65,8 @@ class Observer:
         for reader in self._readers:
             late = self._late.get(_reading_of(reader), "")
             if reader.name != HOST and not self._seen_by.get(reader.name) and (late or reader.problems):
-                return f"{reader.name} devices cannot be read: {late or '; '.join(reader.problems.values())}"
+                lost = "; ".join(f"{name}: {why}" for name, why in reader.problems.items())
+                return f"{reader.name} devices cannot be read: {late or lost}"
         return ""
 
     def know(self, footprints: Mapping[str, Footprint]) -> None:
@@ -102,8 +103,11 @@ class Observer:
             fresh.update({view.id: view for view in views or ()})
             # A processor's own graphics is no card: seeing it does not make up for one that cannot be seen.
             self._seen_by[reader.name] = sum(view.kind is not DeviceKind.HOST and not view.unified for view in views or ())
-        await self._in_time("reading of processes' memory", lambda: self.holdings.measure(pids, fresh))
+        seen = await self._in_time("reading of processes' memory", lambda: measure(pids, fresh))
+        # In one step: what is free and what of it our own have taken must be of one moment.
         self.devices = fresh
+        if seen is not None:
+            self.holdings.keep(seen)
 
     def consider(self, desired: DesiredState) -> None:
         """Work out the candidates of this config from the readings at hand, those anew whose basis has changed."""

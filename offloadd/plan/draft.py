@@ -139,7 +139,7 @@ class Draft:
     def stop(self, view: InstanceView, reason: StopReason, why: str) -> None:
         """End an instance now, whatever it holds."""
         if not self.acted_on(view) and view.state not in (InstanceState.STOPPING, InstanceState.EXITED):
-            self._send_away(view, StopInstance(instance=view.id, reason=reason, why=why))
+            self._send_away(view, StopInstance(instance=view.id, reason=reason, why=why, limit=self.spec_of(view).stop_timeout))
 
     def _send_away(self, view: InstanceView, action: DrainInstance | StopInstance) -> None:
         self._actions[view.id] = action

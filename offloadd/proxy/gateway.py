@@ -71,7 +71,7 @@ class Gateway:
         spec = self.find(head.model)
         routing.check_backend(spec, head.backend)
         body = routing.apply_rules(spec.request, raw)
-        async with self._leased(spec) as held:
+        async with self._leased(spec, backend=head.backend) as held:
             if routing.read_head(body).stream:
                 return await self._stream(request, held.lease, self._call(request, request.path, body))
             return await self._whole(request, held, request.path, body)
@@ -83,7 +83,7 @@ class Gateway:
         spec = self.find(head.model)
         routing.check_backend(spec, head.backend)
         path, wanted = plain.translate(routing.read_object(routing.apply_rules(spec.request, raw)))
-        async with self._leased(spec) as held:
+        async with self._leased(spec, backend=head.backend) as held:
             host = held.lease.host
             origin = {"model": spec.name, "backend": host.backend, "instance": str(host.instance)}
             call = self._call(request, path, msgspec.json.encode(openai.as_stream(wanted)))
@@ -98,10 +98,10 @@ class Gateway:
         """`/upstream/{model}/{path}`: anything else that one model's server offers."""
         if request.headers.get("Upgrade"):
             raise RequestError(501, "upgrade_not_supported", "this version of offloadd does not relay WebSockets yet")
-        spec = self.find(request.match_info["model"])
         raw_path = "/" + request.rel_url.raw_path.split("/", 3)[3]
         query = f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
         body = await request.read() if request.can_read_body else None
+        spec = self.find(request.match_info["model"])
         call = self._call(request, raw_path + query, body)
         lease = self._book.borrow(spec) if request.method in ("GET", "HEAD") else None
         async with self._leased(spec, lease) as held:
@@ -160,8 +160,10 @@ class Gateway:
         async with relay.send(self._session, lease, call) as response:
             if response.status != 200:
                 return await relay.read_whole(lease, response)
+            size = 0
             async for chunk in response.content.iter_any():
                 lease.host.sign()
+                size = relay.bounded(size + len(chunk))
                 for payload in reader.feed(chunk):
                     collector.add(sse.decode(payload))
         if collector.error is not None:
@@ -201,9 +203,10 @@ class Gateway:
         return relay.Call(method=request.method, path=path, headers=headers, body=body)
 
     @asynccontextmanager
-    async def _leased(self, spec: ModelSpec, lease: Lease | None = None) -> AsyncIterator[_Held]:
+    async def _leased(self, spec: ModelSpec, lease: Lease | None = None, backend: str | None = None) -> AsyncIterator[_Held]:
         held = _Held(lease or await self._book.acquire(spec))
         try:
+            routing.check_granted(held.lease.host.backend, backend)
             yield held
         finally:
             if not held.kept:

@@ -39,6 +39,8 @@ class Lease:
     waited: Seconds
     revoked: asyncio.Future[str]
     """Done, with the reason, when the instance is going away and the request must end."""
+    beside: bool = False
+    """It takes no slot and keeps nothing loaded."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,10 +92,12 @@ class LeaseBook:
         return lease or await self._wait(line, _Waiter(now, asyncio.get_running_loop().create_future()))
 
     def borrow(self, spec: ModelSpec) -> Lease | None:
-        """A lease at once and beside the slots, for what costs the instance nothing; None when none is ready."""
-        now = self._clock.now()
-        hosts = self._hosts(spec.name)
-        return self._record(hosts[0], "asked for by path", since=now) if hosts else None
+        """A lease at once and beside the slots, for what costs the instance nothing; None when none is ready.
+
+        It does not count as use: whoever only looks keeps no model loaded.
+        """
+        hosts = [] if self._closed else self._hosts(spec.name)
+        return self._record(hosts[0], "asked for by path", since=self._clock.now(), beside=True) if hosts else None
 
     def release(self, lease: Lease) -> None:
         """The request is over: its slot goes to the next in line."""
@@ -101,8 +105,11 @@ class LeaseBook:
         held.discard(lease)
         if not held:
             self._leases.pop(lease.host.instance, None)
+        if lease.beside:
+            return
         model = lease.host.instance.model
-        self._last_used[model] = self._clock.now()
+        if model in self._lines:  # else the config has dropped it meanwhile
+            self._last_used[model] = self._clock.now()
         self._serve(model)
         self._wake()
 
@@ -128,7 +135,7 @@ class LeaseBook:
         lines = {model: line.waiters for model, line in self._lines.items() if line.waiters}
         return Demand(
             waiting={model: Waiting(count=len(waiters), oldest=waiters[0].since) for model, waiters in lines.items()},
-            leases={instance: len(held) for instance, held in self._leases.items()},
+            leases={instance: self._held(instance) for instance in self._leases if self._held(instance)},
             last_used=dict(self._last_used),
         )
 
@@ -200,14 +207,15 @@ class LeaseBook:
             case Refused():
                 raise RequestError(answer.status, answer.code, answer.message, retry_after=answer.retry_after)
 
-    def _record(self, host: Host, why: str, *, since: Instant) -> Lease:
+    def _record(self, host: Host, why: str, *, since: Instant, beside: bool = False) -> Lease:
         waited = Seconds(self._clock.now() - since)
-        lease = Lease(host=host, why=why, waited=waited, revoked=asyncio.get_running_loop().create_future())
+        revoked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        lease = Lease(host=host, why=why, waited=waited, revoked=revoked, beside=beside)
         self._leases.setdefault(host.instance, set()).add(lease)
         return lease
 
     def _held(self, instance: InstanceId) -> int:
-        return len(self._leases.get(instance, ()))
+        return sum(not lease.beside for lease in self._leases.get(instance, ()))
 
 
 def _refuse_all(line: _Line, refusal: RequestError) -> None:

@@ -92,11 +92,16 @@ async def read_whole(lease: Lease, response: aiohttp.ClientResponse) -> Answer:
     size = 0
     async for chunk in response.content.iter_any():
         lease.host.sign()
-        size += len(chunk)
-        if size > MAX_BUFFERED:
-            raise RequestError(502, "answer_too_large", f"the backend's answer is larger than {MAX_BUFFERED} bytes")
+        size = bounded(size + len(chunk))
         parts.append(chunk)
     return Answer(response.status, upstream.to_client(response.headers), b"".join(parts))
+
+
+def bounded(size: int) -> int:
+    """The size, as long as an answer of it may be held whole; RequestError 502 beyond."""
+    if size > MAX_BUFFERED:
+        raise RequestError(502, "answer_too_large", f"the backend's answer is larger than {MAX_BUFFERED} bytes")
+    return size
 
 
 class Stream:

@@ -11,6 +11,7 @@ import msgspec
 
 from offloadd.errors import RequestError
 from offloadd.state.desired import DesiredState, JsonValue, ModelSpec, RequestRules
+from offloadd.units import Seconds
 
 T = TypeVar("T")
 
@@ -83,6 +84,13 @@ def apply_rules(rules: RequestRules, body: bytes) -> bytes:
     for name in rules.remove:
         fields.pop(name, None)
     return msgspec.json.encode({**rules.default, **fields, **rules.set})
+
+
+def check_granted(granted: str, asked: str | None) -> None:
+    """The engine that serves the model now must be the one that the request names, if it names one."""
+    if asked is not None and asked != granted:
+        message = f"the model runs on {granted} now, and the request asks for {asked[:64]}"
+        raise RequestError(503, "backend_not_running", message, retry_after=Seconds(5), param="backend")
 
 
 def check_backend(spec: ModelSpec, name: str | None) -> None:

@@ -21,8 +21,10 @@ HOP_BY_HOP = frozenset(
     | {"upgrade", "content-length", "expect"}
 )
 """Headers that belong to one connection. Lengths are ours to say, because we frame the body anew."""
-_NOT_TO_BACKENDS = frozenset({"host", "authorization", "cookie", "x-api-key", "accept-encoding", "origin", "forwarded"})
-"""Credentials are for offloadd; a backend that saw Origin would answer for itself who may read it."""
+_NOT_TO_BACKENDS = frozenset(
+    {"host", "authorization", "cookie", "x-api-key", "accept-encoding", "origin", "forwarded"} | {"content-encoding"}
+)
+"""Credentials are for offloadd; a backend that saw Origin would answer for itself who may read it; a body arrives here unpacked."""
 _NOT_TO_CLIENTS = frozenset({"server", "date", "access-control-allow-origin", "access-control-allow-credentials"})
 
 CONNECT_TIMEOUT = 5.0
@@ -51,6 +53,7 @@ def to_backend(headers: Mapping[str, str], request_id: str) -> CIMultiDict[str]:
     """Request headers that a backend may see."""
     kept = _kept(headers, _NOT_TO_BACKENDS)
     kept["X-Request-Id"] = request_id
+    kept["Accept-Encoding"] = "identity"  # what comes is read and put together here, and a token is too short to compress
     return kept
 
 

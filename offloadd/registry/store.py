@@ -43,10 +43,10 @@ class Registry:
         with self._lock:
             return {row.key: _footprint(row) for row in FootprintRecord.select()}
 
-    def learn(self, found: Mapping[str, Footprint], seen_at: float) -> None:
+    def learn(self, found: Mapping[str, Footprint], seen_at: float) -> bool:
         """Remember peaks; a higher one than known replaces it. `seen_at` is Unix seconds.
 
-        A failure (a full disk, a locked file) is kept in `problem`, and the next call tries again.
+        False when it could not be done (a full disk, a locked file), which `problem` then explains: give it again later.
         """
         try:
             with self._lock, self._database.atomic("IMMEDIATE"):
@@ -56,8 +56,9 @@ class Registry:
         except DatabaseError as error:
             self.problem = f"the registry cannot be written: {error}"
             log.warning("%s", self.problem)
-            return
+            return False
         self.problem = self._lasting
+        return True
 
     def close(self) -> None:
         """Close the file."""

@@ -98,7 +98,7 @@ class Executor:
                 self._instances[action.instance].drain(action.deadline)
             case StopInstance():
                 log.info("%s: stopping (%s): %s", action.instance, action.reason, action.why)
-                self._instances[action.instance].stop(action.reason, action.why)
+                self._instances[action.instance].stop(action.reason, action.why, action.limit)
             case GrantLoan():
                 log.info("%s: granted", action.loan)
                 self._lend(action)

@@ -64,6 +64,7 @@ class Instance:
         self._drain_deadline: Instant | None = None
         self._stop_reason: StopReason | None = None
         self._stop_why = ""
+        self._stop_limit: Seconds | None = None
         self._stopping = asyncio.Event()
         self._process: Process | None = None
         self._endpoint: Endpoint | None = None
@@ -97,10 +98,10 @@ class Instance:
             self._drain_deadline = deadline
             self._enter(InstanceState.DRAINING)
 
-    def stop(self, reason: StopReason, why: str) -> None:
-        """Begin to end it. Only the first reason counts."""
+    def stop(self, reason: StopReason, why: str, limit: Seconds | None = None) -> None:
+        """Begin to end it, and kill it after `limit`, or after the stop_timeout of its launch. Only the first reason counts."""
         if self._stop_reason is None and self._state is not InstanceState.EXITED:
-            self._stop_reason, self._stop_why = reason, why
+            self._stop_reason, self._stop_why, self._stop_limit = reason, why, limit
             self._enter(InstanceState.STOPPING)
             self._stopping.set()
 
@@ -205,7 +206,7 @@ class Instance:
         """
         await self._stopping.wait()
         self._tools.hang_up(self.id, self._stop_why)
-        limit = self._action.spec.stop_timeout
+        limit = self._action.spec.stop_timeout if self._stop_limit is None else self._stop_limit
         first = min(TERM_AGAIN, Seconds(limit / 2))
         process.terminate()
         if await _ends_within(process, first):

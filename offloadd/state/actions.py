@@ -9,7 +9,7 @@ from enum import StrEnum
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
 from offloadd.state.launch import Candidate, Placement
-from offloadd.units import Bytes, Instant
+from offloadd.units import Bytes, Instant, Seconds
 
 
 class StopReason(StrEnum):
@@ -51,6 +51,8 @@ class StopInstance:
     instance: InstanceId
     reason: StopReason
     why: str
+    limit: Seconds = Seconds(30)
+    """After so long it is killed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -168,6 +168,8 @@ class VramEstimate:
     """RAM when all of it runs on the CPU; None means `total`."""
     learned: bool = False
     """Whether `total` was measured on earlier launches rather than worked out."""
+    estimated: Bytes | None = None
+    """What was worked out, where `total` was learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,7 +77,7 @@ def test_the_driver_is_lost_and_comes_back(nvml: FakeNvml, tmp_path: Path) -> No
             assert "reading of nvidia devices failed: NVIDIA driver: " in wait_problem(daemon, "modprobe nvidia")
             assert gpus(daemon) == []
             asked = daemon.chat_soon("b")
-            wait_reason(daemon, "b", "waits: needs 6.0 GiB, and reading of nvidia devices: failed: NVIDIA driver: ")
+            wait_reason(daemon, "b", "waits: needs 6.0 GiB, and nvidia devices cannot be read: failed: NVIDIA driver: ")
             stream.skip(20)
             assert daemon.pid("a") == pid
             assert daemon.chat("a").status == 200
@@ -102,7 +102,7 @@ def test_a_reading_hangs(nvml: FakeNvml, tmp_path: Path) -> None:
             wait_problem(daemon, "reading of nvidia devices has not returned for longer than its deadline")
             assert gpus(daemon) == []
             asked = daemon.chat_soon("b")
-            wait_reason(daemon, "b", "waits: needs 6.0 GiB, and reading of nvidia devices: ")
+            wait_reason(daemon, "b", "waits: needs 6.0 GiB, and nvidia devices cannot be read: ")
             # Nobody waits for it: neither the stream nor whoever looks.
             assert elapsed(lambda: stream.skip(50)) < 5
             assert elapsed(lambda: daemon.get("/vram/status")) < 1
@@ -193,7 +193,7 @@ def test_a_driver_that_hangs_at_the_start_does_not_keep_the_port_shut_for_ever(n
         until(lambda: "listening on" in daemon.log, "it listens")
         assert time.monotonic() - began < 8
         daemon.wait_for("cpu")
-        wait_reason(daemon, "gpu", "reading of nvidia devices: ")
+        wait_reason(daemon, "gpu", "nvidia devices cannot be read: ")
         change(nvml, sleeps={})
         daemon.wait_for("gpu")
         daemon.close()

@@ -261,7 +261,8 @@ def gpus_that_cannot_be_read_cause_neither_a_stop_nor_a_start_on_the_cpu(step: S
         return  # who lies on a unified GPU lies in RAM, which can be seen to be short
     hosts = {device: view for device, view in step.observed.devices.items() if device == HOST_RAM}
     again = _plan_without(step, hosts, "the driver does not answer")
-    if not step.starts() and not step.grants():  # what these take, others have to make room for
+    waits = step.loans_wait() or any("waits: needs" in decision.sentence for decision in step.plan.decisions.values())
+    if not (waits or step.starts() or step.grants()):  # what these claim and cannot use now, others may make room for
         _no_more_ends(step, again, "gpus_that_cannot_be_read_cause_neither_a_stop_nor_a_start_on_the_cpu")
     for action in again.actions:
         if isinstance(action, StartInstance) and action.spec.devices != "cpu" and action.spec.gpu_layers != 0:
@@ -300,8 +301,7 @@ def _plan_without(step: Step, devices: dict[DeviceId, DeviceView], blind: str) -
 def _no_more_ends(step: Step, again: Plan, name: str) -> None:
     ends = {action.instance for action in step.ends()}
     more = [action for action in again.actions if isinstance(action, StopInstance | DrainInstance) and action.instance not in ends]
-    # A stale instance may be in the way of its successor when others don't claim what they cannot use now.
-    if any(not action.why.startswith("its config changed") for action in more):
+    if more:
         raise Broken(name, str(more))
 
 

@@ -45,6 +45,7 @@ def after(flag: str, words: list[str]) -> str:
             "Available devices:\n  ROCm0: AMD Radeon (16 MiB, 5 MiB free)\n  CUDA0: NVIDIA (1 MiB, 1 MiB free)\n",
             frozenset({NVIDIA, AMD}),
         ),
+        ("Available devices:\n  Vulkan0: NVIDIA A (1 MiB free)\n  Vulkan1: NVIDIA B (1 MiB free)\n", frozenset()),
         ("error: invalid argument: --list-devices\n", None),
         ("", None),
     ],

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from offloadd.observe.holdings import MAX_FOREIGN, Holdings
+from offloadd.observe.holdings import MAX_FOREIGN, Holdings, measure
 from offloadd.observe.processes import read_children, tree
 from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId, DeviceKind
 from offloadd.state.launch import Placement
@@ -60,7 +60,7 @@ def test_a_whole_tree_is_measured_and_others_are_foreign(family: list[int]) -> N
     holdings = Holdings()
     leader, child = family
     seen = gpu(9.5, {leader: 3, child: 7, os.getpid(): 1, GONE: 3})
-    holdings.measure({"mine": leader}, devices(seen))
+    holdings.keep(measure({"mine": leader}, devices(seen)))
     assert holdings.of("mine")[GPU] == gib(10)
     assert 0 < holdings.of("mine")[HOST_RAM] < gib(1)
     assert [(each.pid, each.size) for each in holdings.foreign[GPU]] == [(GONE, gib(3)), (os.getpid(), gib(1))]
@@ -72,10 +72,10 @@ def test_a_whole_tree_is_measured_and_others_are_foreign(family: list[int]) -> N
 def test_the_peak_outlasts_the_use_and_goes_with_its_owner(family: list[int]) -> None:
     holdings = Holdings()
     for size in (4, 9, 2):
-        holdings.measure({"mine": family[0]}, devices(gpu(24 - size, {family[0]: size})))
+        holdings.keep(measure({"mine": family[0]}, devices(gpu(24 - size, {family[0]: size}))))
     assert holdings.of("mine")[GPU] == gib(2)
     assert holdings.peak_of("mine")[GPU] == gib(9)
-    holdings.measure({}, devices(gpu(24, {})))
+    holdings.keep(measure({}, devices(gpu(24, {}))))
     assert holdings.of("mine") == {}
     assert holdings.peak_of("mine")[GPU] == gib(9)
     holdings.forget(())
@@ -86,13 +86,15 @@ def test_the_peak_outlasts_the_use_and_goes_with_its_owner(family: list[int]) ->
 def test_what_the_driver_does_not_tell_is_not_measured(family: list[int], processes: dict[str, None] | None) -> None:
     holdings = Holdings()
     seen = gpu(14, None if processes is None else {family[0]: None})
-    holdings.measure({"mine": family[0]}, devices(seen))
+    holdings.keep(measure({"mine": family[0]}, devices(seen)))
     assert GPU not in holdings.of("mine")
 
 
 def test_only_the_largest_foreign_processes_are_listed(family: list[int]) -> None:
     holdings = Holdings()
-    holdings.measure({"mine": family[0]}, devices(gpu(1, {GONE + n: n / 10 for n in range(MAX_FOREIGN + 5)} | {GONE - 1: None})))
+    holdings.keep(
+        measure({"mine": family[0]}, devices(gpu(1, {GONE + n: n / 10 for n in range(MAX_FOREIGN + 5)} | {GONE - 1: None})))
+    )
     sizes = [each.size for each in holdings.foreign[GPU]]
     assert len(sizes) == MAX_FOREIGN
     assert sizes[0] == gib((MAX_FOREIGN + 4) / 10)
@@ -101,7 +103,7 @@ def test_only_the_largest_foreign_processes_are_listed(family: list[int]) -> Non
 def measured(holdings: Holdings, family: list[int], size: float, others: dict[int, float] | None = None) -> InstanceView:
     """An instance that held `size` and has ended since."""
     taken = 0.5 + size + sum((others or {}).values())
-    holdings.measure({exited().id: family[0]}, devices(gpu(24 - taken, {family[0]: size, **(others or {})})))
+    holdings.keep(measure({exited().id: family[0]}, devices(gpu(24 - taken, {family[0]: size, **(others or {})}))))
     return exited(size=size)
 
 
@@ -110,11 +112,11 @@ def test_memory_that_is_not_back_is_missing_until_it_is(family: list[int]) -> No
     gone = measured(holdings, family, 10)
     assert holdings.unreleased(view("a-1", 10, InstanceState.STOPPING)) == {}
     assert holdings.unreleased(gone) == {GPU: gib(10)}  # nobody has looked since
-    holdings.measure({}, devices(gpu(13.5, {})))
+    holdings.keep(measure({}, devices(gpu(13.5, {}))))
     assert holdings.unreleased(gone) == {GPU: gib(10)}
-    holdings.measure({}, devices(gpu(17.5, {})))
+    holdings.keep(measure({}, devices(gpu(17.5, {}))))
     assert holdings.unreleased(gone) == {GPU: gib(6)}
-    holdings.measure({}, devices(gpu(22.5, {})))
+    holdings.keep(measure({}, devices(gpu(22.5, {}))))
     assert holdings.unreleased(gone) == {}  # the driver may keep a little
 
 
@@ -128,37 +130,37 @@ def test_another_that_starts_meanwhile_is_not_taken_for_it(family: list[int]) ->
 def test_another_that_ends_meanwhile_does_not_hide_it(family: list[int]) -> None:
     holdings = Holdings()
     gone = measured(holdings, family, 10, {GONE: 10})
-    holdings.measure({}, devices(gpu(13.5, {})))
+    holdings.keep(measure({}, devices(gpu(13.5, {}))))
     assert holdings.unreleased(gone) == {GPU: gib(10)}
 
 
 def test_the_dead_that_are_still_listed_hold_what_they_are_listed_with(family: list[int]) -> None:
     holdings = Holdings()
     gone = measured(holdings, family, 10)
-    holdings.measure({}, devices(gpu(13.5, {family[0]: 10})))
+    holdings.keep(measure({}, devices(gpu(13.5, {family[0]: 10}))))
     assert holdings.unreleased(gone) == {GPU: gib(10)}
 
 
 def test_a_last_look_at_the_dying_does_not_count(family: list[int]) -> None:
     holdings = Holdings()
     gone = measured(holdings, family, 10)
-    holdings.measure({gone.id: family[0]}, devices(gpu(13.5, {})))
+    holdings.keep(measure({gone.id: family[0]}, devices(gpu(13.5, {}))))
     assert holdings.of(gone.id)[GPU] == 0
-    holdings.measure({}, devices(gpu(13.5, {})))
+    holdings.keep(measure({}, devices(gpu(13.5, {}))))
     assert holdings.unreleased(gone) == {GPU: gib(10)}
 
 
 def test_where_sizes_are_not_told_what_is_free_must_tell(family: list[int]) -> None:
     holdings = Holdings()
     gone = measured(holdings, family, 10)
-    holdings.measure({}, devices(gpu(13.5, {GONE: None})))
+    holdings.keep(measure({}, devices(gpu(13.5, {GONE: None}))))
     assert holdings.unreleased(gone) == {GPU: gib(10)}
-    holdings.measure({}, devices(gpu(23.5, {GONE: None})))
+    holdings.keep(measure({}, devices(gpu(23.5, {GONE: None}))))
     assert holdings.unreleased(gone) == {}
 
 
 def test_a_device_that_cannot_be_read_keeps_all_of_it(family: list[int]) -> None:
     holdings = Holdings()
     gone = measured(holdings, family, 10)
-    holdings.measure({}, devices())
+    holdings.keep(measure({}, devices()))
     assert holdings.unreleased(gone) == {GPU: gib(10)}

@@ -66,7 +66,7 @@ def desired(folder: Path, **models: dict[str, object]) -> DesiredState:
 
 
 async def test_all_that_is_read_is_shown(observer: Observer) -> None:
-    await observer.read_memory({})
+    await observer.read_memory(dict)
     assert set(observer.devices) == {HOST_RAM, GPU.id}
     assert observer.problems == {}
     assert observer.blind == ""
@@ -74,22 +74,22 @@ async def test_all_that_is_read_is_shown(observer: Observer) -> None:
 
 async def test_a_reader_that_fails_takes_only_its_own_away(observer: Observer, cards: Reader) -> None:
     cards.error = TemporaryError("NVIDIA driver: gone", retry_after=Seconds(1), hint="modprobe nvidia")
-    await observer.read_memory({})
+    await observer.read_memory(dict)
     assert set(observer.devices) == {HOST_RAM}
     assert observer.problems == {"reading of nvidia devices": "failed: NVIDIA driver: gone; modprobe nvidia"}
-    assert observer.blind == "reading of nvidia devices: failed: NVIDIA driver: gone; modprobe nvidia"
+    assert observer.blind == "nvidia devices cannot be read: failed: NVIDIA driver: gone; modprobe nvidia"
     cards.error = None
-    await observer.read_memory({})
+    await observer.read_memory(dict)
     assert set(observer.devices) == {HOST_RAM, GPU.id}
     assert (observer.problems, observer.blind) == ({}, "")
 
 
 async def test_one_that_hangs_is_left_and_not_asked_again(observer: Observer, cards: Reader) -> None:
     cards.gate = threading.Event()
-    await observer.read_memory({})
+    await observer.read_memory(dict)
     assert observer.problems == {"reading of nvidia devices": "gave nothing within 0.2 s"}
     for _ in range(3):
-        await observer.read_memory({})
+        await observer.read_memory(dict)
     assert cards.calls == 1
     assert set(observer.devices) == {HOST_RAM}
     assert "has not returned" in observer.blind
@@ -97,7 +97,7 @@ async def test_one_that_hangs_is_left_and_not_asked_again(observer: Observer, ca
     cards.gate = None
     async with asyncio.timeout(5):
         while GPU.id not in observer.devices:
-            await observer.read_memory({})
+            await observer.read_memory(dict)
     assert observer.problems == {}
 
 
@@ -105,28 +105,28 @@ async def test_one_that_fails_after_its_deadline_is_heard_by_nobody(
     observer: Observer, cards: Reader, caplog: pytest.LogCaptureFixture
 ) -> None:
     cards.gate, cards.error = threading.Event(), OSError("too late")
-    await observer.read_memory({})
+    await observer.read_memory(dict)
     cards.gate.set()
     async with asyncio.timeout(5):
         while cards.calls < 2:
-            await observer.read_memory({})
+            await observer.read_memory(dict)
     assert observer.problems == {"reading of nvidia devices": "failed: too late"}
     assert "never retrieved" not in caplog.text
 
 
 async def test_a_card_that_is_lost_makes_nobody_blind_who_sees_another(observer: Observer, cards: Reader) -> None:
     cards.problems = {"GPU-1": "it is lost"}
-    await observer.read_memory({})
+    await observer.read_memory(dict)
     assert observer.problems == {"device GPU-1": "it is lost"}
     assert observer.blind == ""
     cards.views = ()
-    await observer.read_memory({})
-    assert observer.blind == "device GPU-1: it is lost"
+    await observer.read_memory(dict)
+    assert observer.blind == "nvidia devices cannot be read: GPU-1: it is lost"
 
 
 async def test_a_card_whose_processes_are_not_told_is_used_and_a_problem(observer: Observer, cards: Reader) -> None:
     cards.views = (replace(GPU, problem="not told"),)
-    await observer.read_memory({})
+    await observer.read_memory(dict)
     assert GPU.id in observer.devices
     assert observer.problems == {"device GPU-0": "not told"}
 
@@ -134,7 +134,7 @@ async def test_a_card_whose_processes_are_not_told_is_used_and_a_problem(observe
 async def test_candidates_are_made_from_files_engines_and_what_was_learned(observer: Observer, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" * 1000)
     config = desired(tmp_path, a={}, missing={})
-    await observer.refresh(config, {})
+    await observer.refresh(lambda: config, dict)
     (found,) = observer.candidates[ModelName("a")]
     (missing,) = observer.candidates[ModelName("missing")]
     assert found.fingerprint
@@ -152,16 +152,16 @@ async def test_an_engine_that_is_not_there_is_a_problem_of_its_models(observer: 
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     config = desired(tmp_path, a={})
     broken = replace(ENGINE, command=("no-such-program-anywhere",))
-    await observer.refresh(replace(config, engines={ENGINE.name: broken}), {})
+    await observer.refresh(lambda: replace(config, engines={ENGINE.name: broken}), dict)
     (found,) = observer.candidates[ModelName("a")]
     assert "no-such-program-anywhere" in found.problem
     assert found.hint
 
 
 async def test_the_dead_hold_nothing_that_is_measured(observer: Observer) -> None:
-    await observer.read_memory({})
+    await observer.read_memory(dict)
     alive, dead = view("a-1", 1), view("b-1", 1, InstanceState.EXITED)
-    await observer.read_memory({alive.id: 1, dead.id: 1})
+    await observer.read_memory(lambda: {alive.id: 1, dead.id: 1})
     seen = observer.snapshot(ObservedState(instances={each.id: each for each in (alive, dead)}))
     assert HOST_RAM in seen.instances[alive.id].measured
     assert seen.instances[dead.id].measured == {}
