@@ -45,6 +45,7 @@ class Observer:
         self._offers: dict[tuple[ModelName, BackendName], tuple[object, Candidate]] = {}
         self._turn = asyncio.Lock()
         self._seen_by: dict[str, int] = {}
+        self._troubles: dict[str, Mapping[str, str]] = {}
         self.holdings = Holdings()
         self.devices: dict[DeviceId, DeviceView] = {}
         self.engines: dict[BackendName, EngineView] = {}
@@ -54,8 +55,8 @@ class Observer:
     def problems(self) -> Mapping[str, str]:
         """What could not be read, and why."""
         found = dict(self._late)
-        for reader in self._readers:
-            found.update({f"device {name}": why for name, why in reader.problems.items()})
+        for troubles in self._troubles.values():
+            found.update({f"device {name}": why for name, why in troubles.items()})
         found.update({f"device {view.id}": view.problem for view in self.devices.values() if view.problem})
         return found
 
@@ -64,8 +65,9 @@ class Observer:
         """Why GPUs that are there cannot be seen: a reader of GPUs has trouble, and sees none. Empty when nobody has."""
         for reader in self._readers:
             late = self._late.get(_reading_of(reader), "")
-            if reader.name != HOST and not self._seen_by.get(reader.name) and (late or reader.problems):
-                lost = "; ".join(f"{name}: {why}" for name, why in reader.problems.items())
+            troubles = self._troubles.get(reader.name, {})
+            if reader.name != HOST and not self._seen_by.get(reader.name) and (late or troubles):
+                lost = "; ".join(f"{name}: {why}" for name, why in troubles.items())
                 return f"{reader.name} devices cannot be read: {late or lost}"
         return ""
 
@@ -105,7 +107,8 @@ class Observer:
             self._seen_by[reader.name] = sum(view.kind is not DeviceKind.HOST and not view.unified for view in views or ())
         seen = await self._in_time("reading of processes' memory", lambda: measure(pids, fresh))
         # In one step: what is free and what of it our own have taken must be of one moment.
-        self.devices = fresh
+        # With the devices, so that nobody sees the one without the other.
+        self.devices, self._troubles = fresh, {reader.name: dict(reader.problems) for reader in self._readers}
         if seen is not None:
             self.holdings.keep(seen)
 

@@ -88,10 +88,12 @@ def _meet(draft: Draft, claimant: Claimant, short: Short, rivals: Sequence[Insta
             return making
     relief = choose_victims(short.attempt, draft.room_after(own), _evictable(draft, claimant, rivals), draft.observed.devices)
     if relief is not None:
+        # The own ones may lie where they are in nobody's way: then they serve on beside.
+        own_leave = not short.fits(draft.room_after([victim.view for victim in relief.victims]))
         for victim in relief.victims:
             draft.retire(victim.view, StopReason.EVICTED, f"to make room for {claimant.name} ({claimant.why})")
         draft.ledger.claim(relief.placement.reserved)
-        return Making(short, relief.victims, own_leave=bool(own))
+        return Making(short, relief.victims, own_leave=own_leave)
     # Held even while nobody can leave yet, so that smaller models that come later don't eat the room as it appears.
     if placement := short.fits(draft.room_after([*rivals, *own])):
         draft.ledger.claim(placement.reserved)

@@ -71,23 +71,6 @@ def test_models_go_where_the_least_room_is_left_and_see_that_card_only(nvml: Fak
         assert [daemon.launches(name) for name in models] == [1, 1, 1, 1]
 
 
-def test_devices_by_index_and_by_uuid(nvml: FakeNvml, tmp_path: Path) -> None:
-    models = {
-        "by-index": gpu_model(5, devices=[1]),
-        "by-uuid": gpu_model(5, devices=[nvml.gpus[1].uuid]),
-        "first": gpu_model(5, devices=[0]),
-        "missing": gpu_model(5, devices=[7]),
-    }
-    with running_on(nvml, tmp_path, models) as daemon:
-        served(daemon, "by-index", "by-uuid", "first")
-        assert gpus_of(daemon, nvml, "by-index") == gpus_of(daemon, nvml, "by-uuid") == [1]
-        assert gpus_of(daemon, nvml, "first") == [0]
-        asked = daemon.chat_soon("missing", 1)
-        reason = until(lambda: (found := daemon.look("missing"))["state"] == "waiting" and found["reason"], "it waits")
-        assert "there is no device 7" in reason
-        assert not asked.done()
-
-
 def test_a_model_too_large_for_one_card_is_divided(nvml: FakeNvml, tmp_path: Path) -> None:
     layered_gguf(tmp_path / "large.gguf", 40, 800)
     models = {"large": gpu_model(1, takes=32, source="large.gguf", vram="auto")}
@@ -128,16 +111,30 @@ def test_a_partial_model_leaves_on_the_cpu_what_does_not_fit(nvml: FakeNvml, tmp
         assert daemon.look("part")["fits"] == "never"
 
 
-def test_a_model_of_the_cpu_sees_no_card(nvml: FakeNvml, tmp_path: Path) -> None:
-    models = {"plain": gpu_model(0.5, devices="cpu"), "none": gpu_model(0.5, gpu_layers=0)}
+def test_devices_as_the_config_names_them(nvml: FakeNvml, tmp_path: Path) -> None:
+    models = {
+        "plain": gpu_model(0.5, devices="cpu"),
+        "none": gpu_model(0.5, gpu_layers=0),
+        "by-index": gpu_model(5, devices=[1]),
+        "by-uuid": gpu_model(5, devices=[nvml.gpus[1].uuid]),
+        "first": gpu_model(5, devices=[0]),
+        "missing": gpu_model(5, devices=[7]),
+    }
     with running_on(nvml, tmp_path, models) as daemon:
         served(daemon, "plain", "none")
-        for name in models:
+        for name in ("plain", "none"):
             pid = daemon.pid(name)
             assert environ(pid)["CUDA_VISIBLE_DEVICES"] == ""
             assert option(pid, "--device") == "none"
             assert list(places(daemon, name)) == ["host"]
         assert held(nvml) == [0, 0]
+        served(daemon, "by-index", "by-uuid", "first")
+        assert gpus_of(daemon, nvml, "by-index") == gpus_of(daemon, nvml, "by-uuid") == [1]
+        assert gpus_of(daemon, nvml, "first") == [0]
+        asked = daemon.chat_soon("missing", 1)
+        reason = until(lambda: (found := daemon.look("missing"))["state"] == "waiting" and found["reason"], "it waits")
+        assert "there is no device 7" in reason
+        assert not asked.done()
 
 
 # What the ledger says
@@ -238,7 +235,7 @@ def test_an_idle_model_leaves_for_a_waiter_and_a_pinned_one_does_not(nvml: FakeN
 
 
 def test_memory_that_comes_back_late_is_waited_for(nvml: FakeNvml, tmp_path: Path) -> None:
-    nvml.release_lag_ms = 1500
+    nvml.release_lag_ms = 1000
     nvml.write()
     models = {"first": gpu_model(14, devices=[0]), "second": gpu_model(16, devices=[0]), "small": gpu_model(2, devices=[0])}
     with running_on(nvml, tmp_path, models) as daemon, Watch(daemon, nvml) as watch:
@@ -300,7 +297,7 @@ def test_random_requests_for_more_models_than_fit(nvml: FakeNvml, tmp_path: Path
     models = {name: gpu_model(size, load_s=0.05 + size / 50, queue=queue, parallel=2) for name, size in SIZES.items()}
     with running_on(nvml, tmp_path, models, patches={}) as daemon, Watch(daemon, nvml) as watch:
         house = _House(daemon, nvml, seed)
-        house.run(60.0 if LONG else 20.0)
+        house.run(60.0 if LONG else 17.0)
         assert not watch.wrong, watch.wrong[:5]
         print(f"{sum(house.answers.values())} requests {dict(house.answers)}, fullest card {watch.fullest / GIB:.1f} GiB")
         print(f"longest waits { ({name: round(wait, 1) for name, wait in sorted(house.waits.items())}) }")

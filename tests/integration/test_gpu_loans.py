@@ -25,6 +25,15 @@ def nvml(tmp_path: Path) -> FakeNvml:
     return cards(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, FakeNvml]]:
+    """One daemon, on two cards, for loans that leave all as it was."""
+    folder = tmp_path_factory.mktemp("shared")
+    nvml = cards(folder)
+    with running_on(nvml, folder, {"a": gpu_model(13, devices=[0])}) as daemon:
+        yield daemon, nvml
+
+
 def ctl(daemon: Daemon, *words: str) -> list[str]:
     """A command line of offloadctl for this daemon."""
     return [sys.executable, "-c", "from offloadd.ctl import main; main()", "--server", f"http://127.0.0.1:{daemon.port}", *words]
@@ -75,54 +84,50 @@ def test_models_leave_for_a_command_and_its_exit_code_is_passed_on(nvml: FakeNvm
     assert not watch.wrong
 
 
-def test_what_the_command_takes_is_lent_and_not_foreign(nvml: FakeNvml, tmp_path: Path) -> None:
+def test_what_the_command_takes_is_lent_and_not_foreign(shared: tuple[Daemon, FakeNvml]) -> None:
+    daemon, nvml = shared
     script = f'echo "$CUDA_VISIBLE_DEVICES {9 * GIB}" > "$FAKE_NVML_PROCS/$$"; exec sleep 600'
-    with running_on(nvml, tmp_path, {"a": gpu_model(13)}) as daemon:
-        words = ("10GiB", "--device", "1", "--", "sh", "-c", script)
-        with borrower(daemon, *words, env={"FAKE_NVML_PROCS": str(nvml.procs)}) as process:
-            # One gibibyte of it is still to be taken.
-            found = wait_card(daemon, 1, used_bytes=9 * GIB + nvml.gpus[1].reserved, room_bytes=LIMIT - 10 * GIB)
-            assert (found["lent_bytes"], found["reserved_bytes"]) == (10 * GIB, 10 * GIB)
-            assert (found["foreign"], found["foreign_bytes"]) == ([], nvml.gpus[1].reserved)
-            (loan,) = loans(daemon)
-            assert loan["granted"] == {nvml.gpus[1].uuid: 10 * GIB}
-            assert loan["reason"] == "holds 10.0 GiB on gpu1"
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 128 + signal.SIGTERM
-        wait_card(daemon, 1, lent_bytes=0, used_bytes=nvml.gpus[1].reserved, room_bytes=LIMIT)
+    words = ("10GiB", "--device", "1", "--", "sh", "-c", script)
+    with borrower(daemon, *words, env={"FAKE_NVML_PROCS": str(nvml.procs)}) as process:
+        # One gibibyte of it is still to be taken.
+        found = wait_card(daemon, 1, used_bytes=9 * GIB + nvml.gpus[1].reserved, room_bytes=LIMIT - 10 * GIB)
+        assert (found["lent_bytes"], found["reserved_bytes"]) == (10 * GIB, 10 * GIB)
+        assert (found["foreign"], found["foreign_bytes"]) == ([], nvml.gpus[1].reserved)
+        (loan,) = loans(daemon)
+        assert loan["granted"] == {nvml.gpus[1].uuid: 10 * GIB}
+        assert loan["reason"] == "holds 10.0 GiB on gpu1"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+    wait_card(daemon, 1, lent_bytes=0, used_bytes=nvml.gpus[1].reserved, room_bytes=LIMIT)
 
 
-def test_a_loan_ends_with_its_time_and_the_command_does_not(nvml: FakeNvml, tmp_path: Path) -> None:
-    words = ("20GiB", "--device", "0", "--for", "2s", "--", "sleep", "600")
-    with running_on(nvml, tmp_path, {"a": gpu_model(13)}) as daemon, borrower(daemon, *words) as process:
+def test_a_loan_ends_with_its_time_and_the_command_does_not(shared: tuple[Daemon, FakeNvml]) -> None:
+    daemon, _ = shared
+    with borrower(daemon, "20GiB", "--device", "0", "--for", "1s", "--", "sleep", "600") as process:
         wait_card(daemon, 0, lent_bytes=20 * GIB)
         wait_card(daemon, 0, lent_bytes=0)
         assert process.stderr is not None
         lines = [process.stderr.readline() for _ in range(2)]
         assert "20.0 GiB on gpu0" in lines[0]
-        assert "has ended: its time of 2s is over; its memory may be given away now" in lines[1]
+        assert "has ended: its time of 1s is over; its memory may be given away now" in lines[1]
         assert process.poll() is None
         assert loans(daemon) == []
 
 
-def test_a_borrower_that_is_killed_gives_back_what_it_had(nvml: FakeNvml, tmp_path: Path) -> None:
-    with running_on(nvml, tmp_path, {"a": gpu_model(13, devices=[0])}) as daemon:
-        with borrower(daemon, "20GiB", "--device", "0", "--", "sleep", "600") as process:
-            wait_card(daemon, 0, lent_bytes=20 * GIB)
-            asked = daemon.chat_soon("a")
-            until(lambda: daemon.state("a") == "waiting", "the model waits for it")
-            process.kill()
-            assert asked.result(10).status == 200
-        assert loans(daemon) == []
+def test_a_borrower_that_is_killed_gives_back_what_it_had(shared: tuple[Daemon, FakeNvml]) -> None:
+    daemon, _ = shared
+    with borrower(daemon, "20GiB", "--device", "0", "--", "sleep", "600") as process:
+        wait_card(daemon, 0, lent_bytes=20 * GIB)
+        asked = daemon.chat_soon("a")
+        until(lambda: daemon.state("a") == "waiting", "the model waits for it")
+        process.kill()
+        assert asked.result(10).status == 200
+    assert loans(daemon) == []
 
 
-def test_a_borrower_waits_for_those_at_work_and_is_told_so(nvml: FakeNvml, tmp_path: Path) -> None:
-    words = ("20GiB", "--device", "0", "--", "sleep", "600")
-    with (
-        running_on(nvml, tmp_path, {"a": gpu_model(13, devices=[0])}) as daemon,
-        daemon.stream("a", 2000) as stream,
-        borrower(daemon, *words) as process,
-    ):
+def test_a_borrower_waits_for_those_at_work_and_is_told_so(shared: tuple[Daemon, FakeNvml]) -> None:
+    daemon, _ = shared
+    with daemon.stream("a", 2000) as stream, borrower(daemon, "20GiB", "--device", "0", "--", "sleep", "600") as process:
         stream.skip(2)
         until(lambda: loans(daemon), "it is asked for")
         assert process.stderr is not None
@@ -145,32 +150,36 @@ def test_a_borrower_waits_for_those_at_work_and_is_told_so(nvml: FakeNvml, tmp_p
         (("1GiB", "--for", "500ms"), "for: 500 ms is too short to be of use"),
     ],
 )
-def test_a_loan_that_cannot_be_had_is_refused(shared: Daemon, words: tuple[str, ...], said: str) -> None:
-    done = borrow(shared, *words, "--", "echo", "hello")
+def test_a_loan_that_cannot_be_had_is_refused(shared: tuple[Daemon, FakeNvml], words: tuple[str, ...], said: str) -> None:
+    daemon, _ = shared
+    done = borrow(daemon, *words, "--", "echo", "hello")
     assert (done.returncode, done.stdout) == (1, "")
     assert said in done.stderr
-    assert loans(shared) == []
+    assert loans(daemon) == []
 
 
-def test_refusals_have_their_status(shared: Daemon) -> None:
-    reply = shared.post("/borrow", {"size": "30GiB"})
+def test_refusals_have_their_status(shared: tuple[Daemon, FakeNvml]) -> None:
+    daemon, _ = shared
+    reply = daemon.post("/borrow", {"size": "30GiB"})
     assert reply.status == 409
     assert reply.json()["error"]["code"] == "loan_impossible"
-    assert shared.post("/borrow", {"size": "1GiB", "devices": "0"}).status == 400
-    assert shared.post("/borrow", b"{").status == 400
+    assert daemon.post("/borrow", {"size": "1GiB", "devices": "0"}).status == 400
+    assert daemon.post("/borrow", b"{").status == 400
 
 
-def test_ram_can_be_borrowed_too(shared: Daemon) -> None:
-    done = borrow(shared, "64MiB", "--device", "host", "--", "sh", "-c", 'echo "[$CUDA_VISIBLE_DEVICES]"')
+def test_ram_can_be_borrowed_too(shared: tuple[Daemon, FakeNvml]) -> None:
+    daemon, _ = shared
+    done = borrow(daemon, "64MiB", "--device", "host", "--", "sh", "-c", 'echo "[$CUDA_VISIBLE_DEVICES]"')
     assert (done.returncode, done.stdout) == (0, "[]\n")
     assert "64.0 MiB on host" in done.stderr
 
 
-def test_a_command_that_is_not_there_gives_back_at_once(shared: Daemon) -> None:
-    done = borrow(shared, "1GiB", "--", "/no/such/program")
+def test_a_command_that_is_not_there_gives_back_at_once(shared: tuple[Daemon, FakeNvml]) -> None:
+    daemon, _ = shared
+    done = borrow(daemon, "1GiB", "--", "/no/such/program")
     assert done.returncode == 1
     assert "cannot run /no/such/program" in done.stderr
-    until(lambda: not loans(shared), "it is given back")
+    until(lambda: not loans(daemon), "it is given back")
 
 
 def test_a_waiting_loan_that_a_new_config_makes_impossible_is_refused(nvml: FakeNvml, tmp_path: Path) -> None:
@@ -193,12 +202,3 @@ def test_all_that_is_lent_is_let_go_when_the_daemon_ends(nvml: FakeNvml, tmp_pat
         assert process.stderr is not None
         assert "20.0 GiB on gpu0" in process.stderr.readline()
         assert "the daemon is gone" in process.stderr.readline()
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for loans that change nothing."""
-    folder = tmp_path_factory.mktemp("shared")
-    nvml = cards(folder)
-    with running_on(nvml, folder, {"a": gpu_model(1)}) as daemon:
-        yield daemon

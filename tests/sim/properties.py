@@ -345,7 +345,9 @@ def a_plan_that_was_carried_out_has_nothing_to_add(step: Step, after: Step) -> N
     hope = any(
         isinstance(action, ForgetInstance) or "its config changed" in getattr(action, "why", "") for action in step.plan.actions
     )
-    if after.plan.actions and not hope:
+    # With several devices, where a waiter's room is held may change when others begin to leave, and then more of them do.
+    moved = len(step.observed.devices) > 1 and step.evictions()
+    if after.plan.actions and not hope and not moved:
         raise Broken("a_plan_that_was_carried_out_has_nothing_to_add", f"{step.plan.actions}\nthen {after.plan.actions}")
 
 

@@ -123,7 +123,7 @@ def test_memory_that_is_not_back_is_missing_until_it_is(family: list[int]) -> No
 def test_another_that_starts_meanwhile_is_not_taken_for_it(family: list[int]) -> None:
     holdings = Holdings()
     gone = measured(holdings, family, 10, {GONE: 1})
-    holdings.measure({}, devices(gpu(11.5, {GONE: 12})))  # 12 + 0.5, and all of ours is back
+    holdings.keep(measure({}, devices(gpu(11.5, {GONE: 12}))))  # 12 + 0.5, and all of ours is back
     assert holdings.unreleased(gone) == {}
 
 

@@ -99,3 +99,13 @@ def test_what_is_lent_is_not_room() -> None:
     loan = Loan(id="1", size=gib(3), since=NOW, granted={HOST_RAM: gib(3)}, measured={HOST_RAM: gib(1)})
     account = open_accounts({HOST_RAM: ram(15)}, [], [loan], Budget(host=DeviceBudget(limit=gib(12))))[HOST_RAM]
     assert (account.reserved, account.lent, account.untaken, account.room) == (gib(3), gib(3), gib(2), gib(9))
+
+
+def test_a_gpu_without_memory_of_its_own_counts_promises_on_ram_that_was_not_read() -> None:
+    chip = DeviceId(LOCAL, "GPU-chip")
+    device = DeviceView(id=chip, kind=DeviceKind.NVIDIA, name="chip", total=gib(16), free=gib(10), unified=True)
+    accounts = open_accounts({chip: device}, [view("b-1", 2)], [], Budget())
+    assert accounts[chip].reserved == gib(2)
+    ledger = Ledger(accounts, {chip: device})
+    ledger.claim({chip: gib(1)})
+    assert ledger.room.keys() == {chip}

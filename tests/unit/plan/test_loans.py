@@ -75,3 +75,23 @@ def test_what_is_lent_stays_on_the_books() -> None:
     answer = lend(granted)
     assert answer.loans == {"l1": "holds 8.0 GiB on host"}
     assert answer.accounts[HOST_RAM].lent == gib(8)
+
+
+def test_ram_can_be_asked_for_by_name() -> None:
+    assert lend(replace(LOAN, device="host")).loans == {"l1": "is given 8.0 GiB on host"}
+
+
+def test_those_who_asked_first_are_served_first() -> None:
+    first = replace(LOAN, since=Instant(NOW - 5))
+    second = replace(LOAN, id="l2", since=Instant(NOW - 2))
+    observed = ObservedState(devices={HOST_RAM: ram()})
+    answer = plan(DesiredState(), observed, Demand(loans={"l2": second, "l1": first}), now=NOW)
+    assert answer.actions == (GrantLoan(loan="l1", reserved={HOST_RAM: gib(8)}),)
+    assert answer.loans["l2"] == "waits: needs 8.0 GiB on host, 4.8 GiB free, and nothing may be evicted for it now"
+
+
+def test_while_gpus_cannot_be_read_a_loan_waits_and_is_told_so() -> None:
+    observed = ObservedState(devices={HOST_RAM: ram()}, blind="the driver does not answer")
+    answer = plan(DesiredState(), observed, Demand(loans={LOAN.id: LOAN}), now=NOW)
+    assert answer.actions == ()
+    assert answer.loans == {"l1": "waits: needs 8.0 GiB, and the driver does not answer"}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
-from offloadd.plan.placement import NoRoom, Site, place
+from offloadd.plan.placement import NoRoom, Site, _share_out, place
 from offloadd.state.actions import DeviceAccount
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId, DeviceKind
@@ -177,3 +179,86 @@ def test_a_processors_own_graphics_is_taken_only_when_named() -> None:
     room = {device: gib(size) for device, size in rooms.items()}
     assert place(need, spec("m"), room, there) == Placement(reserved={ONE: gib(3)}, gpus=(ONE,))
     assert place(need, spec("m", devices=("GPU-b",)), room, there) == Placement(reserved={TWO: gib(3)}, gpus=(TWO,))
+
+
+def test_one_card_named_twice_is_one_card() -> None:
+    answer = place_in(layered(4, 1), {ONE: 11, TWO: 11}, spec("m", devices=("0", "GPU-a")))
+    assert answer == Placement(reserved={ONE: gib(4.5)}, gpus=(ONE,))
+
+
+def sliced(rooms: dict[DeviceId, float], *slices: DeviceId) -> Site:
+    there = site(rooms)
+    return replace(there, devices={key: replace(v, slice_of="GPU-z" if key in slices else "") for key, v in there.devices.items()})
+
+
+def test_slices_share_nothing() -> None:
+    rooms = {ONE: 11.0, TWO: 11.0, THREE: 11.0}
+    room = {device: gib(size) for device, size in rooms.items()}
+    need = layered(16, 1)
+    assert isinstance(place(need, spec("m"), room, sliced(rooms, ONE, TWO)), NoRoom)
+    answer = place(need, spec("m"), room, sliced(rooms, ONE))
+    assert isinstance(answer, Placement)
+    assert answer.gpus == (TWO, THREE)
+    named = spec("m", devices=("0", "1", "2"))
+    assert isinstance(place(need, named, room, sliced(rooms, ONE)), NoRoom)
+
+
+def test_a_small_room_gets_a_layer_where_all_named_devices_are_to_be_used() -> None:
+    answer = place_in(layered(4, 0.5, fixed=0.2), {ONE: 9.4, TWO: 1.4}, spec("m", devices=("0", "1")))
+    assert isinstance(answer, Placement)
+    assert answer.split == (3, 1)
+
+
+def test_a_division_is_found_whenever_there_is_one() -> None:
+    """Compared with trying every way to cut the row of layers."""
+    chance = random.Random(3)
+    for _ in range(2000):
+        layers = [Bytes(chance.randint(1, 6)) for _ in range(chance.randint(1, 7))]
+        capacity = [chance.randint(0, 14) for _ in range(chance.randint(2, 4))]
+        cuts = [(0, *cut, len(layers)) for cut in combinations(range(1, len(layers)), len(capacity) - 1)]
+        sizes = [[sum(layers[a:b]) for a, b in zip(cut, cut[1:], strict=False)] for cut in cuts]
+        possible = any(all(size <= most for size, most in zip(row, capacity, strict=True)) for row in sizes)
+        answer = _share_out(layers, capacity)
+        assert (answer is not None) == possible, (layers, capacity)
+        if answer:
+            assert sum(answer) == len(layers)
+
+
+def unified(room: float, limit: float = 12.0, ram: float | None = None) -> tuple[dict[DeviceId, Bytes], Site]:
+    """A GPU without memory of its own."""
+    there = site({ONE: room, HOST_RAM: room if ram is None else ram}, limit)
+    return {device: Bytes(view.free) for device, view in there.devices.items()}, replace(
+        there, devices={**there.devices, ONE: replace(there.devices[ONE], unified=True)}
+    )
+
+
+def test_a_unified_gpu_and_the_ram_beside_it_fit_together_or_not_at_all() -> None:
+    need = layered(4, 1, host=2)
+    assert place(need, spec("m"), *unified(6.5)) == Placement(reserved={ONE: gib(4.5), HOST_RAM: gib(2)}, gpus=(ONE,))
+    assert isinstance(place(need, spec("m"), *unified(6.4)), NoRoom)
+    partial = place(layered(10, 1), spec("m", partial=True), *unified(8))
+    assert isinstance(partial, NoRoom)  # what is not on the GPU is in the same memory
+
+
+def test_the_tighter_limit_of_one_memory_under_two_names_counts() -> None:
+    need = VramEstimate(total=gib(5), basis="given")
+    answer = place(need, spec("m"), *unified(8, ram=4))
+    assert sentence(answer) == "needs 5.0 GiB on gpu0, 4.0 GiB free"
+
+
+def test_ram_that_is_short_beside_a_gpu_is_named() -> None:
+    answer = place_in(layered(4, 1, host=2), {ONE: 8, HOST_RAM: 1})
+    assert sentence(answer) == "needs 2.0 GiB on host, 1.0 GiB free"
+
+
+def test_ram_that_was_not_read_is_not_said_to_be_too_small() -> None:
+    answer = place_in(layered(4, 1, host=2), {ONE: 8})
+    assert isinstance(answer, NoRoom)
+    assert not answer.never
+    assert answer.sentence == "needs 2.0 GiB, and RAM, of which it needs a part beside the GPU, could not be read"
+
+
+def test_on_the_cpu_without_a_reading_of_ram() -> None:
+    answer = place_in(3, {ONE: 8}, spec("m", devices="cpu"))
+    assert isinstance(answer, NoRoom)
+    assert answer.device is None
