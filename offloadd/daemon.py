@@ -315,6 +315,7 @@ class Daemon:
 
     def _apply(self, plan: Plan) -> None:
         self._executor.apply(plan)
+        self._loans.refuse(plan)
         # Before the next request can come in: those that wait see the decisions and instances of this plan.
         self._book.serve_all()
 

@@ -17,8 +17,6 @@ REPEAT = Seconds(2)
 """While it waits, the reason is told this often; that also shows that the borrower is still there."""
 FIRST_WORD = Seconds(0.5)
 """An answer begins when the loan is granted or after this long, so that one which can never be had is refused by its status."""
-HOPELESS = "cannot be had"
-"""How the planner's sentence begins when waiting for the loan is in vain."""
 
 
 class Borrow(msgspec.Struct, forbid_unknown_fields=True, rename={"limit": "for"}):
@@ -39,7 +37,7 @@ class Book(Protocol):
         ...
 
     async def wait(self, name: str) -> Mapping[DeviceId, Bytes]:
-        """Until it is granted."""
+        """Until it is granted; RequestError when it can never be."""
         ...
 
     def give_back(self, name: str) -> None:
@@ -55,22 +53,19 @@ def borrow_route(book: Book, reason: Callable[[str], str]) -> web.RouteDef:
         size, limit = _size(asked), _limit(asked)
         name = book.ask(size, asked.device, asked.why[:200], asked.pid)
 
-        def is_hopeless() -> bool:
-            return not waiting.done() and reason(name).startswith(HOPELESS)
-
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         waiting = asyncio.ensure_future(book.wait(name))
         try:
             await asyncio.wait({waiting}, timeout=FIRST_WORD)
-            if is_hopeless():
-                raise RequestError(409, "loan_impossible", reason(name), param="size")
+            if waiting.done():
+                waiting.result()  # refused before the answer has begun: it is refused as a whole
             await response.prepare(request)
             while not waiting.done():
                 await _tell(response, {"state": "waiting", "loan": name, "reason": reason(name)})
                 await asyncio.wait({waiting}, timeout=REPEAT)
-                if is_hopeless():  # it was not at first: the config or the machine is another one now
-                    await _tell(response, {"state": "refused", "loan": name, "reason": reason(name)})
-                    return response
+            if refusal := waiting.exception():  # the config or the machine is another one now
+                await _tell(response, {"state": "refused", "loan": name, "reason": str(refusal)})
+                return response
             devices = {str(device): held for device, held in waiting.result().items()}
             await _tell(response, {"state": "granted", "loan": name, "devices": devices, "reason": reason(name)})
             await _stay(response, limit)

@@ -43,6 +43,7 @@ class Draft:
         self.site = Site(devices=observed.devices, accounts=self.ledger.accounts, blind=observed.blind)
         self.decisions: dict[ModelName, Decision] = {}
         self.loans: dict[str, str] = {}
+        self.hopeless: set[str] = set()
         self._grants: list[GrantLoan] = []
         self._actions: dict[InstanceId, Action] = {}
         self._sent_away: dict[DeviceId, int] = {}
@@ -158,6 +159,7 @@ class Draft:
         return Plan(
             actions=(*(self._actions[key] for key in sorted(self._actions)), *self._grants),
             loans=dict(sorted(self.loans.items())),
+            hopeless=frozenset(self.hopeless),
             decisions={name: self.decisions[name] for name in sorted(self.decisions)},
             accounts=dict(self.ledger.accounts),
             wake_at=self._wake_at,

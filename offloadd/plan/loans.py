@@ -32,6 +32,7 @@ def _serve(draft: Draft, loan: Loan) -> str:
         draft.grant(GrantLoan(loan=loan.id, reserved=answer.reserved))
         return f"is given {_where(answer.reserved, draft.site)}"
     if answer.never:
+        draft.hopeless.add(loan.id)
         return f"cannot be had: it {answer.sentence}"
     claimant = Claimant("a loan", loan.why or "borrowed", loan.since, lambda spec: not spec.pinned)
     return short_sentence(draft, make_room(draft, claimant, [Short(answer, attempt)]))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from offloadd.clock import Clock
 from offloadd.errors import RequestError
-from offloadd.state.actions import GrantLoan
+from offloadd.state.actions import GrantLoan, Plan
 from offloadd.state.demand import Loan
 from offloadd.state.ids import DeviceId
 from offloadd.units import Bytes
@@ -25,7 +25,7 @@ class LoanBook:
         self._measured = measured
         self._loans: dict[str, Loan] = {}
         self._pids: dict[str, int] = {}
-        self._granted: dict[str, asyncio.Event] = {}
+        self._answers: dict[str, asyncio.Future[Mapping[DeviceId, Bytes]]] = {}
         self._count = 0
 
     def ask(self, size: Bytes, device: str, why: str, pid: int | None) -> str:
@@ -35,28 +35,39 @@ class LoanBook:
         self._count += 1
         name = f"loan-{self._count}"
         self._loans[name] = Loan(id=name, size=size, device=device, since=self._clock.now(), why=why)
-        self._granted[name] = asyncio.Event()
+        self._answers[name] = asyncio.get_running_loop().create_future()
         if pid is not None:
             self._pids[name] = pid
         self._wake()
         return name
 
     async def wait(self, name: str) -> Mapping[DeviceId, Bytes]:
-        """Until it is granted; where the memory lies."""
-        await self._granted[name].wait()
-        return self._loans[name].granted or {}
+        """Until it is granted; where the memory lies. RequestError 409 when it can never be had."""
+        return await asyncio.shield(self._answers[name])
 
     def grant(self, action: GrantLoan) -> None:
         """The planner's word. One that was given back in the same moment is let go."""
         if action.loan in self._loans:
             self._loans[action.loan] = replace(self._loans[action.loan], granted=action.reserved)
-            self._granted[action.loan].set()
+            self._answer(action.loan).set_result(action.reserved)
             self._wake()
+
+    def refuse(self, plan: Plan) -> None:
+        """End the wait for loans that can never be had."""
+        for name in plan.hopeless & self._answers.keys():
+            if not self._answers[name].done():
+                self._answer(name).set_exception(RequestError(409, "loan_impossible", plan.loans[name], param="size"))
+
+    def _answer(self, name: str) -> asyncio.Future[Mapping[DeviceId, Bytes]]:
+        """The loan's answer, now to be given; whoever asked may have left without waiting for it."""
+        answer = self._answers[name]
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return answer
 
     def give_back(self, name: str) -> None:
         """It is over, granted or not."""
         self._loans.pop(name, None)
-        self._granted.pop(name, None)
+        self._answers.pop(name, None)
         self._pids.pop(name, None)
         self._wake()
 

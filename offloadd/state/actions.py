@@ -127,5 +127,7 @@ class Plan:
     decisions: Mapping[ModelName, Decision] = field(default_factory=dict)
     loans: Mapping[str, str] = field(default_factory=dict)
     """A sentence for each loan that is asked for or granted."""
+    hopeless: frozenset[str] = frozenset()
+    """Loans among them that an empty machine could not give either."""
     accounts: Mapping[DeviceId, DeviceAccount] = field(default_factory=dict)
     wake_at: Instant | None = None

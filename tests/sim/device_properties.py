@@ -24,6 +24,9 @@ def no_memory_is_overdrawn_unless_others_took_what_was_promised(step: Step) -> N
     machine = step.world.machine
     for card in machine.cards.values():
         balance = machine.balance(card.id)
+        if card.unified or not card.is_gpu:
+            # While a unified GPU is not read, nobody knows that its promises lie in RAM: then we may rob ourselves.
+            card.robbed = card.robbed or step.unified_is_unread()
         if balance >= step.world.due(card.id):
             card.robbed = False
         if balance < 0 and not card.robbed:
@@ -169,7 +172,7 @@ def nobody_is_evicted_in_vain_nor_without_need(step: Step) -> None:
     if len(reasons) != 1 or step.starts() or step.grants():
         return  # with several changes in one plan, each is judged in a room that is not known here
     reason = next(iter(reasons))
-    if any(step.world.machine.balance(device) < 0 for device in step.world.machine.cards):
+    if step.unified_is_unread() or any(step.world.machine.balance(device) < 0 for device in step.world.machine.cards):
         return  # a reading cannot show how far others' grabbing has overdrawn it
     has_place = _place_of(step, reason)
     others_wait = [

@@ -13,10 +13,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from offloadd.api import borrow
-from offloadd.api.borrow import HOPELESS, borrow_route
+from offloadd.api.borrow import borrow_route
+from offloadd.clock import SystemClock
 from offloadd.errors import RequestError
 from offloadd.plan.planner import plan
-from offloadd.state.demand import Demand, Loan
+from offloadd.runtime.loans import LoanBook
+from offloadd.state.actions import GrantLoan
+from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
 from offloadd.state.ids import HOST_RAM, DeviceId
 from offloadd.state.observed import ObservedState
@@ -31,6 +34,7 @@ class Book:
         self.asked: list[tuple[int, str, str, int | None]] = []
         self.returned: list[str] = []
         self.granted = asyncio.Event()
+        self.refusal = ""
         self.sentence = "waits: needs more"
 
     def ask(self, size: Bytes, device: str, why: str, pid: int | None) -> str:
@@ -39,6 +43,8 @@ class Book:
 
     async def wait(self, name: str) -> Mapping[DeviceId, Bytes]:
         await self.granted.wait()
+        if self.refusal:
+            raise RequestError(409, "loan_impossible", self.refusal)
         return {HOST_RAM: Bytes(self.asked[-1][0])}
 
     def give_back(self, name: str) -> None:
@@ -138,27 +144,37 @@ async def test_a_borrower_that_leaves_gives_back(client: TestClient[Any, Any], b
 
 
 async def test_one_that_can_never_be_had_is_refused_by_its_status(client: TestClient[Any, Any], book: Book) -> None:
-    book.sentence = f"{HOPELESS}: it needs too much"
+    book.refusal = "cannot be had: it needs too much"
+    book.granted.set()
     answer = await client.post("/borrow", json={"size": "1GiB"})
     error = (await answer.json())["error"]
-    assert (answer.status, error["code"], error["message"]) == (409, "loan_impossible", book.sentence)
+    assert (answer.status, error["code"], error["message"]) == (409, "loan_impossible", book.refusal)
     assert book.returned == ["loan-1"]
 
 
 async def test_one_that_cannot_be_had_any_more_is_ended(client: TestClient[Any, Any], book: Book) -> None:
     async with client.post("/borrow", json={"size": "1GiB"}) as answer:
         assert (await next_event(answer))["state"] == "waiting"
-        book.sentence = f"{HOPELESS}: the limit is lower now"
+        book.refusal = "cannot be had: the limit is lower now"
+        book.granted.set()
         while (event := await next_event(answer))["state"] == "waiting":
             pass
-        assert event == {"state": "refused", "loan": "loan-1", "reason": book.sentence}
+        assert event == {"state": "refused", "loan": "loan-1", "reason": book.refusal}
         assert await next_event(answer) is None
     assert book.returned == ["loan-1"]
 
 
-def test_the_planner_says_it_in_these_words() -> None:
-    loans = {"loan-1": Loan(id="loan-1", size=gib(100), since=NOW), "loan-2": Loan(id="loan-2", size=gib(1), since=NOW)}
-    observed = ObservedState(devices={HOST_RAM: ram()})
-    said = plan(DesiredState(), observed, Demand(loans=loans), now=NOW).loans
-    assert said["loan-1"].startswith(HOPELESS)
-    assert not said["loan-2"].startswith(HOPELESS)
+async def test_the_book_refuses_what_the_planner_calls_hopeless_and_nothing_else() -> None:
+    loans = LoanBook(clock=SystemClock(), wake=lambda: None, measured=lambda _: {})
+    much, little = loans.ask(gib(100), "auto", "", None), loans.ask(gib(1), "auto", "", None)
+    answer = plan(DesiredState(), ObservedState(devices={HOST_RAM: ram()}), Demand(loans=loans.loans()), now=NOW)
+    loans.refuse(answer)
+    with pytest.raises(RequestError, match="cannot be had: it needs 100 GiB"):
+        await loans.wait(much)
+    for action in answer.actions:
+        assert isinstance(action, GrantLoan)
+        loans.grant(action)
+    assert await loans.wait(little) == {HOST_RAM: gib(1)}
+    for name in (much, little):
+        loans.give_back(name)
+    assert loans.loans() == {}
