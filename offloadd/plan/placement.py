@@ -161,9 +161,8 @@ def _tightest(size: Bytes, host: Bytes, room: Room, gpus: Sequence[DeviceId], si
     """The GPU with room for `size`, and `host` beside it, that is left with the least."""
     if not _host_has(host, room):
         return None
-    large = [(room.get(gpu, Bytes(0)), gpu) for gpu in gpus if room.get(gpu, 0) >= size]
-    fitting = [one for one in large if fits(_with_host({one[1]: size}, host), room, site)]
-    return min(fitting)[1] if fitting else None
+    large = sorted((room[gpu], gpu) for gpu in gpus if room.get(gpu, -1) >= size)
+    return next((gpu for _, gpu in large if fits(_with_host({gpu: size}, host), room, site)), None)
 
 
 def _divided(need: VramEstimate, room: Room, gpus: Sequence[DeviceId], site: Site, *, exactly: bool) -> Placement | None:

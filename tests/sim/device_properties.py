@@ -27,7 +27,7 @@ def no_memory_is_overdrawn_unless_others_took_what_was_promised(step: Step) -> N
         if card.unified or not card.is_gpu:
             # While a unified GPU is not read, nobody knows that its promises lie in RAM: then we may rob ourselves.
             card.robbed = card.robbed or step.unified_is_unread()
-        if balance >= step.world.due(card.id):
+        if balance >= step.world.due(card.id) and not step.unified_is_unread():
             card.robbed = False
         if balance < 0 and not card.robbed:
             raise Broken("no_memory_is_overdrawn_unless_others_took_what_was_promised", f"{card.id} by {-balance}")
