@@ -27,6 +27,7 @@ _SIZE_UNITS = {
 }
 _TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z%]*)\s*")
+_FIGURE = re.compile(r"\d+(\.\d+)?( (ms|s|min|h|d|B|KiB|MiB|GiB|TiB)\b)?( \d+ (s|min|h)\b)?")
 _MAX_BYTES = 2**60
 _MAX_SECONDS = 10 * 365 * 86400.0
 
@@ -105,6 +106,11 @@ def format_seconds(value: float) -> str:
     if whole < 86400:
         return _two(whole // 3600, "h", whole % 3600 // 60, "min")
     return _two(whole // 86400, "d", whole % 86400 // 3600, "h")
+
+
+def gist(text: str) -> str:
+    """The text with its numbers, sizes and spans as `#`: two texts that differ in them alone say the same."""
+    return _FIGURE.sub("#", text)
 
 
 def counted(number: int, one: str, many: str) -> str:

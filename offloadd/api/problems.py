@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from offloadd.api.picture import Problem
 from offloadd.state.actions import ModelState, Plan
 from offloadd.state.desired import DesiredState
 from offloadd.state.observed import ObservedState
-from offloadd.units import format_bytes
+from offloadd.units import format_bytes, gist
 
 DRIFT = 1.1
 """An instance that takes more than this multiple of what it was promised is reported."""
-
-
-_NUMBERS = re.compile(r"\d+(\.\d+)?( (ms|s|min|h|d|B|KiB|MiB|GiB))*")
 
 
 class Problems:
@@ -26,7 +22,7 @@ class Problems:
 
     def list(self, found: Mapping[str, str], wall: float) -> list[Problem]:
         """The problems (text and hint) as of now, in Unix seconds. Numbers in a text change, and it is the same problem still."""
-        gists = {what: _NUMBERS.sub("#", what) for what in found}
+        gists = {what: gist(what) for what in found}
         self._since = {gist: self._since.get(gist, wall) for gist in gists.values()}
         return [Problem(what=what, since=self._since[gists[what]], hint=hint) for what, hint in found.items()]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Mapping
 
 from offloadd.clock import Clock
@@ -14,7 +13,7 @@ from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
 from offloadd.state.ids import ModelName
 from offloadd.state.observed import ObservedState
-from offloadd.units import Instant, Seconds
+from offloadd.units import Instant, Seconds, gist
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +24,6 @@ ASLEEP = Seconds(20)
 SPACING = Seconds(0.005)
 """Least time between cycles, so that a burst of events costs one."""
 _AFTER_ERROR = Seconds(1)
-_NUMBERS = re.compile(r"\d+(\.\d+)?( (ms|s|min|h|d|B|KiB|MiB|GiB))?")
 
 
 class Reconciler:
@@ -106,10 +104,10 @@ class Reconciler:
         for name, decision in decisions.items():
             trouble = decision.state in (ModelState.FAILED, ModelState.BACKOFF)
             said = f"{decision.state}: {decision.sentence}" if trouble else decision.sentence
-            gist = _NUMBERS.sub("#", said)
-            if self._said.get(name) != gist:
+            saying = gist(said)
+            if self._said.get(name) != saying:
                 level = logging.WARNING if trouble else logging.INFO
                 hint = f" ({decision.hint})" if decision.hint else ""
                 log.log(level, "%s: %s%s", name, said, hint)
-                self._said[name] = gist
-        self._said = {name: gist for name, gist in self._said.items() if name in decisions}
+                self._said[name] = saying
+        self._said = {name: saying for name, saying in self._said.items() if name in decisions}

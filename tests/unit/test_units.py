@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offloadd.units import Bytes, Share, format_bytes, format_seconds, parse_bytes, parse_seconds, parse_size
+from offloadd.units import Bytes, Share, format_bytes, format_seconds, gist, parse_bytes, parse_seconds, parse_size
 
 
 @pytest.mark.parametrize(
@@ -91,3 +91,16 @@ def test_any_text_is_read_or_refused(text):
 @given(st.integers(0, 2**59))
 def test_plain_bytes_are_read_as_they_are(value):
     assert abs(parse_bytes(f"{value}B") - value) <= value * 1e-15
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("next start in 41 s", "next start in 1 min 3 s"),
+        ("needs 9.1 GiB, 6.0 GiB free", "needs 512 MiB, 0 B free"),
+        ("3 slots busy", "12 slots busy"),
+    ],
+)
+def test_texts_that_differ_in_figures_alone_have_one_gist(one: str, other: str) -> None:
+    assert gist(one) == gist(other)
+    assert gist(one) != gist(f"not {one}")
