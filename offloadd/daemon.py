@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 from aiohttp import http_parser, web
 
+from offloadd import __version__
 from offloadd.api.app import build_app, request_id
 from offloadd.api.borrow import borrow_route
 from offloadd.api.listen import allowed_hosts, listen
@@ -22,6 +23,7 @@ from offloadd.backends.base import Backend
 from offloadd.clock import Clock, SystemClock
 from offloadd.config import render_json
 from offloadd.errors import PermanentError
+from offloadd.events import EventKind, about
 from offloadd.observe.devices.amdgpu import AmdReader
 from offloadd.observe.devices.host import HostReader
 from offloadd.observe.devices.nvml import NvmlReader
@@ -133,6 +135,7 @@ class Daemon:
             )
             tasks = [group.create_task(loop) for loop in loops]
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
+            log.info("offloadd %s started", __version__, extra=about(EventKind.DAEMON_STARTED))
             started(self)
             await self._leaving.wait()
             await self._wind_down()
@@ -231,7 +234,8 @@ class Daemon:
 
     async def _wind_down(self) -> None:
         """An empty config drains and stops everything by the ordinary rules; after the grace, all that is left is stopped."""
-        log.info("stopping: no new requests; those that run may go on for %g s", GRACE)
+        said = about(EventKind.DAEMON_STOPPING)
+        log.info("stopping: no new requests; those that run may go on for %g s", GRACE, extra=said)
         self._book.close("offloadd is shutting down")
         self._wake()
         deadline = self._clock.now() + GRACE
@@ -243,7 +247,7 @@ class Daemon:
                 pass
         self._executor.stop_all("offloadd is shutting down")
         await self._executor.wait_all()
-        log.info("stopped: no process is left")
+        log.info("stopped: no process is left", extra=about(EventKind.DAEMON_STOPPED))
 
     async def _keep(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
         """Take the step for ever. One that fails is logged, and the next is taken: no loop may take the servers down with it."""
@@ -251,7 +255,7 @@ class Daemon:
             try:
                 await step()
             except Exception:
-                log.exception("%s failed", what)
+                log.exception("%s failed", what, extra=about(EventKind.INTERNAL_ERROR))
                 await asyncio.sleep(REFRESH)
 
     async def _look_again(self) -> None:

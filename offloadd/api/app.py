@@ -16,6 +16,7 @@ from offloadd.api.guard import check_host, check_site
 from offloadd.api.metrics import exposition
 from offloadd.api.picture import Control, Picture
 from offloadd.errors import RequestError, error_body
+from offloadd.events import EventKind, about
 from offloadd.state.desired import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,8 @@ def _middleware(allowed_hosts: Callable[[], Collection[str]]) -> Any:
         except (ConnectionResetError, web.RequestPayloadError):
             raise
         except Exception:
-            log.exception("request %s %s %r failed", request[_ID_KEY], request.method, request.path)
+            said = about(EventKind.INTERNAL_ERROR, request=request[_ID_KEY])
+            log.exception("request %s %s %r failed", request[_ID_KEY], request.method, request.path, extra=said)
             body = error_body(500, "internal_error", f"offloadd failed on request {request[_ID_KEY]}: its log says why")
             response = web.json_response(body, status=500)
         return response

@@ -10,6 +10,7 @@ from pathlib import Path
 from aiohttp import web
 
 from offloadd.errors import PermanentError
+from offloadd.events import EventKind, about
 
 UNIX = "unix:"
 
@@ -27,7 +28,7 @@ async def listen(runner: web.AppRunner, address: str) -> None:
     except OSError as error:
         hint = f"see who holds it with: ss -ltnp 'sport = :{port}'"
         raise PermanentError(f"cannot listen on {address}: {error.strerror}", hint=hint) from None
-    log.info("listening on http://%s", address)
+    log.info("listening on http://%s", address, extra=about(EventKind.LISTENING, address=address))
 
 
 async def _listen_on_file(runner: web.AppRunner, path: Path) -> None:
@@ -41,7 +42,7 @@ async def _listen_on_file(runner: web.AppRunner, path: Path) -> None:
         raise PermanentError(f"cannot listen on {path}: {error.strerror}", hint=hint) from None
     finally:
         os.umask(mask)
-    log.info("listening on %s%s", UNIX, path)
+    log.info("listening on %s%s", UNIX, path, extra=about(EventKind.LISTENING, address=f"{UNIX}{path}"))
 
 
 def _clear(path: Path) -> None:

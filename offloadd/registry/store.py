@@ -10,6 +10,7 @@ from pathlib import Path
 
 from peewee import DatabaseError, OperationalError, SqliteDatabase
 
+from offloadd.events import EventKind, about
 from offloadd.registry import records
 from offloadd.registry.migrations import migrate
 from offloadd.registry.records import FootprintRecord
@@ -55,7 +56,7 @@ class Registry:
                 _prune()
         except DatabaseError as error:
             self.problem = f"the registry cannot be written: {error}"
-            log.warning("%s", self.problem)
+            log.warning("%s", self.problem, extra=about(EventKind.REGISTRY_PROBLEM))
             return False
         self.problem = self._lasting
         return True
@@ -72,11 +73,12 @@ class Registry:
             self.problem = self._lasting = (
                 f"the registry {path} cannot be used, and what is learned is kept until the end only: {error}"
             )
-            log.warning("%s", self._lasting)
+            log.warning("%s", self._lasting, extra=about(EventKind.REGISTRY_PROBLEM))
             return _opened(_MEMORY)
         except DatabaseError as error:
             aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
-            log.error("the registry %s is damaged (%s); set aside as %s, and begun anew", path, error, aside)  # noqa: TRY400
+            said = about(EventKind.REGISTRY_PROBLEM)
+            log.error("the registry %s is damaged (%s); set aside as %s, and begun anew", path, error, aside, extra=said)  # noqa: TRY400
             self.problem = f"the registry was damaged; the old file is {aside}"
             for suffix in ("", "-wal", "-shm"):
                 part = path.with_name(path.name + suffix)

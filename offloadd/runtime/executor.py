@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import assert_never
 
 from offloadd.backends.base import Backend
+from offloadd.events import About, EventKind, about
 from offloadd.runtime.instance import Instance, Tools
 from offloadd.state.actions import Action, DrainInstance, ForgetInstance, GrantLoan, Plan, StartInstance, StopInstance, StopReason
 from offloadd.state.desired import Engine
@@ -94,13 +95,16 @@ class Executor:
             case StartInstance():
                 self._start(action)
             case DrainInstance():
-                log.info("%s: draining: %s", action.instance, action.why)
+                log.info(
+                    "%s: draining: %s", action.instance, action.why, extra=_about(EventKind.INSTANCE_DRAINING, action.instance)
+                )
                 self._instances[action.instance].drain(action.deadline)
             case StopInstance():
-                log.info("%s: stopping (%s): %s", action.instance, action.reason, action.why)
+                said = _about(EventKind.INSTANCE_STOPPING, action.instance, reason=action.reason)
+                log.info("%s: stopping (%s): %s", action.instance, action.reason, action.why, extra=said)
                 self._instances[action.instance].stop(action.reason, action.why, action.limit)
             case GrantLoan():
-                log.info("%s: granted", action.loan)
+                log.info("%s: granted", action.loan, extra=about(EventKind.LOAN_GRANTED, loan=action.loan))
                 self._lend(action)
             case ForgetInstance():
                 self._instances.pop(action.instance, None)
@@ -119,7 +123,7 @@ class Executor:
         try:
             record = await instance.run()
         except Exception as error:
-            log.exception("%s: internal error", instance.id)
+            log.exception("%s: internal error", instance.id, extra=_about(EventKind.INTERNAL_ERROR, instance.id))
             cause = ExitCause(
                 kind=ExitKind.CRASHED, message=f"offloadd failed to run it: {error}", hint="this is a bug: see the log"
             )
@@ -134,4 +138,9 @@ class Executor:
 def _log_end(record: ExitRecord) -> None:
     level = logging.INFO if record.expected else logging.WARNING
     hint = f" ({record.cause.hint})" if record.cause.hint else ""
-    log.log(level, "%s: ended, %s: %s%s", record.instance, record.status, record.cause.message, hint)
+    said = _about(EventKind.INSTANCE_ENDED, record.instance, record.backend, cause=record.cause.kind, expected=record.expected)
+    log.log(level, "%s: ended, %s: %s%s", record.instance, record.status, record.cause.message, hint, extra=said)
+
+
+def _about(kind: EventKind, instance: InstanceId, backend: BackendName | str = "", **data: object) -> dict[str, About]:
+    return about(kind, model=instance.model, instance=instance, backend=backend, **data)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from offloadd.backends.base import Backend
 from offloadd.clock import Clock
+from offloadd.events import About, EventKind, about
 from offloadd.runtime.launchers import Launcher, Process
 from offloadd.runtime.logs import LogFolder
 from offloadd.state.actions import StartInstance, StopReason
@@ -18,7 +19,7 @@ from offloadd.state.desired import Engine
 from offloadd.state.ids import InstanceId
 from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, Probe, ProbeReply
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView
-from offloadd.units import Instant, Seconds
+from offloadd.units import Instant, Seconds, format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,9 @@ class Instance:
         self._tools.hang_up(self.id, f"the backend ended ({status})")
         swept = await asyncio.to_thread(self._tools.launcher.sweep, self._mark)
         if swept:
-            log.warning("%s left %d processes outside its group; killed", self.id, swept)
+            log.warning(
+                "%s left %d processes outside its group; killed", self.id, swept, extra=self._about(EventKind.INSTANCE_KILLED)
+            )
         tail = await asyncio.to_thread(self._tools.logs.tail, self.id)
         return self.record(status, self._cause(status, tail), tail)
 
@@ -139,9 +142,12 @@ class Instance:
 
     def _helper_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()):
-            log.error("%s: watching it failed; killing it", self.id, exc_info=error)
+            log.error("%s: watching it failed; killing it", self.id, exc_info=error, extra=self._about(EventKind.INTERNAL_ERROR))
             if self._process is not None:
                 self._process.kill()
+
+    def _about(self, kind: EventKind, **data: object) -> dict[str, About]:
+        return about(kind, model=self.id.model, instance=self.id, backend=self._action.candidate.backend, **data)
 
     @property
     def _mark(self) -> str:
@@ -158,7 +164,8 @@ class Instance:
         launch = self.backend.launch(self._engine, action.spec, action.candidate.facts, action.placement, endpoint)
         process = self._tools.launcher.spawn(launch, mark=self._mark, log_path=self._tools.logs.path(self.id))
         self._process, self._endpoint = process, endpoint
-        log.info("%s: pid %d on port %d: %s", self.id, process.pid, endpoint.port, action.why)
+        said = self._about(EventKind.INSTANCE_SPAWNED, pid=process.pid, port=endpoint.port)
+        log.info("%s: pid %d on port %d: %s", self.id, process.pid, endpoint.port, action.why, extra=said)
         return process
 
     async def _watch(self, process: Process) -> None:
@@ -171,6 +178,8 @@ class Instance:
             await self._until(lambda probe=probe: self._ask(probe))  # type: ignore[misc]
         self._ready_at = self._last_sign = self._tools.clock.now()
         if self._state is InstanceState.LOADING:
+            took = Seconds(self._ready_at - self._started_at)
+            log.info("%s: ready after %s", self.id, format_seconds(took), extra=self._about(EventKind.INSTANCE_READY, load_s=took))
             self._enter(InstanceState.READY)
         await self._watch_life()
 
@@ -214,7 +223,8 @@ class Instance:
         process.terminate()
         if await _ends_within(process, Seconds(limit - first)):
             return
-        log.warning("%s did not end within %g s of SIGTERM (stop_timeout); killing its process group", self.id, limit)
+        said = self._about(EventKind.INSTANCE_KILLED)
+        log.warning("%s did not end within %g s of SIGTERM (stop_timeout); killing its process group", self.id, limit, extra=said)
         process.kill()
 
     def _not_started(self, error: OSError) -> ExitCause:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 from offloadd.clock import Clock
+from offloadd.events import EventKind, about
 from offloadd.plan.planner import plan
 from offloadd.state.actions import Decision, ModelState, Plan
 from offloadd.state.demand import Demand
@@ -74,7 +75,8 @@ class Reconciler:
         """Look, plan and hand over, in one synchronous step: nothing changes between the look and the effects' begin."""
         now = self._clock.now()
         if now - self._tried_at > ASLEEP:
-            log.warning("no cycle for %g s: the machine or the daemon was suspended", now - self._tried_at)
+            said = about(EventKind.DAEMON_SUSPENDED)
+            log.warning("no cycle for %g s: the machine or the daemon was suspended", now - self._tried_at, extra=said)
             self._woke_up()
         self._tried_at = now
         desired = self._desired()
@@ -91,7 +93,7 @@ class Reconciler:
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             if problem != self.problem:
-                log.exception("reconcile cycle failed")
+                log.exception("reconcile cycle failed", extra=about(EventKind.INTERNAL_ERROR))
             self.problem = problem
             return _AFTER_ERROR
         self.problem = ""
@@ -108,6 +110,6 @@ class Reconciler:
             if self._said.get(name) != saying:
                 level = logging.WARNING if trouble else logging.INFO
                 hint = f" ({decision.hint})" if decision.hint else ""
-                log.log(level, "%s: %s%s", name, said, hint)
+                log.log(level, "%s: %s%s", name, said, hint, extra=about(EventKind.DECISION, model=name, state=decision.state))
                 self._said[name] = saying
         self._said = {name: saying for name, saying in self._said.items() if name in decisions}

@@ -16,6 +16,7 @@ from offloadd.clock import Clock
 from offloadd.config import ConfigUnreadableError, Loaded, SourceText, SystemSecrets, load, read_sources
 from offloadd.config.diagnostics import Diagnostic, render_text
 from offloadd.errors import PermanentError
+from offloadd.events import EventKind, about
 from offloadd.state.desired import DesiredState
 from offloadd.units import Seconds
 
@@ -116,7 +117,7 @@ class ConfigStore:
                 self.attempt = await self._try(why)
             except Exception as error:
                 # The config in force stays in force, and the next reload may fare better.
-                log.exception("reload (%s) failed", why)
+                log.exception("reload (%s) failed", why, extra=about(EventKind.INTERNAL_ERROR))
                 self.attempt = Attempt(wall=self._clock.wall(), message=f"internal error: {type(error).__name__}: {error}")
             return self.attempt
 
@@ -135,11 +136,14 @@ class ConfigStore:
         self.applied = Applied(desired=desired, shown=loaded.shown, wall=self._clock.wall())
         if self._after is not None:
             self._after()
-        log.info("config generation %d applied (%s): %d models", desired.generation, why, len(desired.models))
+        count, said = len(desired.models), about(EventKind.CONFIG_APPLIED, generation=desired.generation)
+        log.info("config generation %d applied (%s): %d models", desired.generation, why, count, extra=said)
         return Attempt(wall=self._clock.wall(), applied=True, loaded=loaded)
 
     def _refused(self, attempt: Attempt, why: str) -> Attempt:
-        log.error("config refused (%s); generation %d stays:\n%s", why, self.applied.desired.generation, explain(attempt))
+        generation = self.applied.desired.generation
+        said = about(EventKind.CONFIG_REFUSED, generation=generation)
+        log.error("config refused (%s); generation %d stays:\n%s", why, generation, explain(attempt), extra=said)
         return attempt
 
     async def _look(self) -> None:

@@ -168,7 +168,8 @@ class Watch:
             for gpu, size in zip(self._nvml.gpus, held(self._nvml), strict=True):
                 self.fullest = max(self.fullest, size)
                 if size > gpu.total - gpu.reserved:
-                    self.wrong.append(f"{time.monotonic():.3f}: {size / GIB:.2f} GiB on {gpu.uuid}")
+                    holders = sorted(path.name for path in self._nvml.procs.iterdir())
+                    self.wrong.append(f"{time.monotonic():.3f}: {size / GIB:.2f} GiB on {gpu.uuid}, held by {holders}")
 
     def _watch_ledger(self) -> None:
         while not self._over.wait(0.05):

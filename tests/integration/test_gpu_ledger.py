@@ -352,9 +352,7 @@ class _House:
             self._over.wait(0.5)
 
     def _ask(self, name: str, tokens: int) -> None:
-        self._open.wait()
-        with self._lock:
-            self._asking += 1
+        self._enter()
         begin = time.monotonic()
         reply = self._daemon.chat(name, tokens)
         with self._lock:
@@ -362,16 +360,31 @@ class _House:
             self.answers[name, reply.status] += 1
             self.waits[name] = max(self.waits.get(name, 0.0), time.monotonic() - begin)
 
+    def _enter(self) -> None:
+        """Be counted in the moment in which it is open: one that was let in and not yet counted would ask behind a closed door."""
+        while True:
+            self._open.wait()
+            with self._lock:
+                if self._open.is_set():
+                    self._asking += 1
+                    return
+
     def _foreign(self, rng: random.Random) -> Any:
         """It takes all that is free on a card while nobody starts, as no driver gives what another process is about to take."""
-        self._open.clear()
+        with self._lock:
+            self._open.clear()
         until(lambda: not self._asking, "those that asked are answered", BOUND_S + 15)
+        until(self._all_settled, "nobody is on the way to a place that was promised")
         index = rng.randrange(2)
         free = self._nvml.gpus[index].total - self._nvml.gpus[index].reserved - held(self._nvml)[index]
         entered = _Entered(process_holding(self._nvml, index, min(9.0, free / GIB)))
         until(lambda: card(self._daemon, index)["foreign"], "it is seen")
         self._open.set()
         return entered
+
+    def _all_settled(self) -> bool:
+        states = [each["state"] for entry in self._daemon.get("/models")["data"] for each in entry["offloadd"]["instances"]]
+        return set(states) <= {"ready"}
 
 
 class _Entered:
