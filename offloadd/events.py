@@ -54,11 +54,13 @@ class About:
 
 
 def about(
-    kind: EventKind, *, model: object = "", instance: object = "", backend: object = "", request: str = "", **data: object
+    kind: EventKind, *, model: object = "", instance: object = "", backend: object = "", request: object = "", **data: object
 ) -> dict[str, About]:
     """The `extra` of a logging call."""
     return {
-        _ATTRIBUTE: About(kind=kind, model=str(model), instance=str(instance), backend=str(backend), request=request, data=data)
+        _ATTRIBUTE: About(
+            kind=kind, model=str(model), instance=str(instance), backend=str(backend), request=str(request), data=data
+        )
     }
 
 
