@@ -29,6 +29,8 @@ class EventKind(StrEnum):
     DECISION = "decision"
     """The planner's sentence about a model is a new one."""
     INSTANCE_SPAWNED = "instance-spawned"
+    INSTANCE_ADOPTED = "instance-adopted"
+    """Taken over alive from an earlier daemon."""
     INSTANCE_READY = "instance-ready"
     INSTANCE_DRAINING = "instance-draining"
     INSTANCE_STOPPING = "instance-stopping"

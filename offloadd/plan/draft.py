@@ -9,6 +9,7 @@ from offloadd.plan.eviction import freed
 from offloadd.plan.placement import Room, Site
 from offloadd.state.actions import (
     Action,
+    AdoptInstance,
     Decision,
     DrainInstance,
     ForgetInstance,
@@ -94,8 +95,8 @@ class Draft:
         return max((records[-1].at for records in self.observed.exits.values() if records), default=Instant(float("-inf")))
 
     def last_used(self, view: InstanceView) -> Instant:
-        """When the instance's model was last wanted by a request; its start when that was never."""
-        return max(self.demand.last_used.get(view.model, view.started_at), view.started_at)
+        """When the instance's model was last wanted by a request; our first sight of it when that was never."""
+        return max(self.demand.last_used.get(view.model, view.begun_at), view.begun_at)
 
     def wake(self, at: Instant) -> None:
         """Plan again at `at`, if nothing happens before."""
@@ -110,6 +111,10 @@ class Draft:
         """Launch an instance, and take its memory out of the room."""
         self._actions[action.instance] = action
         self.ledger.claim(action.placement.reserved)
+
+    def adopt(self, view: InstanceView, why: str) -> None:
+        """Take over an orphan; its memory is on the books already."""
+        self._actions[view.id] = AdoptInstance(instance=view.id, why=why)
 
     def grant(self, action: GrantLoan) -> None:
         """Lend memory, and take it out of the room."""

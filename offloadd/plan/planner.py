@@ -14,7 +14,7 @@ from offloadd.plan.wants import wanted
 from offloadd.state.actions import Plan, StopReason
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
-from offloadd.state.observed import ObservedState
+from offloadd.state.observed import InstanceState, ObservedState
 from offloadd.units import Instant
 
 
@@ -31,6 +31,7 @@ def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now:
     serve_loans(draft)
     for want in wants:
         settle(draft, want)
+    _adopt_orphans(draft)
     return draft.finish()
 
 
@@ -41,3 +42,10 @@ def _retire_removed(draft: Draft) -> None:
                 draft.retire(view, StopReason.SHUTDOWN, "offloadd is shutting down")
             else:
                 draft.retire(view, StopReason.UNWANTED, "the config no longer names its model")
+
+
+def _adopt_orphans(draft: Draft) -> None:
+    """Take over what an earlier daemon left running and nobody sends away: what is stale, too, serves until it is replaced."""
+    for view in draft.observed.instances.values():
+        if view.state is InstanceState.ORPHANED and not draft.acted_on(view):
+            draft.adopt(view, "an earlier daemon left it running, and it is wanted")

@@ -21,6 +21,7 @@ _BY_INSTANCE = (
     (InstanceState.READY, ModelState.READY),
     (InstanceState.LOADING, ModelState.LOADING),
     (InstanceState.STARTING, ModelState.STARTING),
+    (InstanceState.ORPHANED, ModelState.STARTING),
 )
 
 

@@ -11,6 +11,7 @@ from offloadd.plan.placement import place
 from offloadd.plan.restart import RestartVerdict, next_restart
 from offloadd.plan.room import Short, for_model, make_room
 from offloadd.plan.sentences import describe, give_up_sentence, short_sentence
+from offloadd.plan.upkeep import worn
 from offloadd.plan.wants import Want
 from offloadd.state.actions import ModelState, StartInstance, StopInstance, StopReason
 from offloadd.state.desired import ModelSpec
@@ -64,13 +65,17 @@ def settle(draft: Draft, want: Want) -> None:
 def _present(draft: Draft, spec: ModelSpec) -> tuple[list[InstanceView], list[InstanceView]]:
     """The model's instances that stay as far as this plan goes: those that the config asks for, and the stale ones."""
     views = [view for view in draft.instances(spec.name) if view.state not in LEAVING and not draft.acted_on(view)]
-    stale = [view for view in views if _is_stale(draft, spec, view)]
+    stale = [view for view in views if _is_old(draft, spec, view)]
     return [view for view in views if view not in stale], stale
+
+
+def _is_old(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
+    return _is_stale(draft, spec, view) or bool(worn(draft, view))
 
 
 def _retire_stale(draft: Draft, stale: Sequence[InstanceView]) -> None:
     for view in stale:
-        draft.retire(view, StopReason.REPLACED, "its config changed")
+        draft.retire(view, StopReason.REPLACED, worn(draft, view) or "its config changed")
 
 
 def _is_stale(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
@@ -142,7 +147,7 @@ def _ending_twin(draft: Draft, spec: ModelSpec, candidate: Candidate) -> Instanc
     """An instance of the same launch that is being stopped: how it ends decides whether and when to start the next."""
     for view in draft.instances(spec.name):
         stopping = view.state is InstanceState.STOPPING or isinstance(draft.action(view), StopInstance)
-        if stopping and view.fingerprint == candidate.fingerprint:
+        if stopping and not view.stuck and view.fingerprint == candidate.fingerprint:
             return view
     return None
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from offloadd.plan.draft import Draft, requests_run
 from offloadd.state.actions import StopReason
+from offloadd.state.ids import HOST_RAM
 from offloadd.state.observed import SETTLING, InstanceState, InstanceView
-from offloadd.units import Instant, Seconds, format_seconds
+from offloadd.units import Instant, Seconds, format_bytes, format_seconds
 
 IDLE_SILENCE = Seconds(30)
 """An idle instance whose working loop has not answered for this long is hung."""
@@ -13,6 +14,10 @@ RELEASE_TIME = Seconds(10)
 """How long an ended instance's memory may take to be shown as free."""
 BUSY_SILENCE = Seconds(300)
 """One with requests may be silent for longer: a long prompt on a slow machine holds the loop for minutes."""
+
+
+WORN_AFTER = Seconds(60)
+"""Nothing is replaced for its size before it was ready for so long: a ceiling too low even for a fresh one is no treadmill."""
 
 
 def tend(draft: Draft) -> None:
@@ -53,7 +58,7 @@ def _finish_drain(draft: Draft, view: InstanceView) -> None:
 
 def _check_start(draft: Draft, view: InstanceView) -> None:
     limit = draft.spec_of(view).start_timeout
-    deadline = Instant(view.started_at + limit)
+    deadline = Instant(view.begun_at + limit)
     if draft.now >= deadline:
         draft.stop(view, StopReason.START_TIMEOUT, f"not ready {format_seconds(limit)} after its start (start_timeout)")
     else:
@@ -62,6 +67,9 @@ def _check_start(draft: Draft, view: InstanceView) -> None:
 
 def _check_signs(draft: Draft, view: InstanceView) -> None:
     held = draft.leases(view)
+    if view.fault and not held:
+        draft.stop(view, StopReason.HUNG, view.fault)
+        return
     limit = BUSY_SILENCE if held else IDLE_SILENCE
     last = max(view.last_sign or view.since, view.since)
     if not held:
@@ -73,3 +81,19 @@ def _check_signs(draft: Draft, view: InstanceView) -> None:
         draft.stop(view, StopReason.HUNG, f"no sign of life for {format_seconds(draft.now - last)} {state}")
     else:
         draft.wake(deadline)
+
+
+def worn(draft: Draft, view: InstanceView) -> str:
+    """Why an instance that works should be replaced by a fresh one all the same; empty when there is no reason.
+
+    It then serves on until the fresh one is ready, or leaves at a request boundary where memory does not allow both.
+    """
+    limit = draft.spec_of(view).health.rss_limit
+    held = view.measured.get(HOST_RAM, 0)
+    if not limit or held <= limit or view.ready_at is None:
+        return ""
+    proven = Instant(view.ready_at + WORN_AFTER)
+    if draft.now < proven:
+        draft.wake(proven)
+        return ""
+    return f"it has grown to {format_bytes(held)} of RAM, its ceiling is {format_bytes(limit)} (health.rss_limit)"

@@ -11,7 +11,17 @@ from typing import assert_never
 from offloadd.backends.base import Backend
 from offloadd.events import About, EventKind, about
 from offloadd.runtime.instance import Instance, Tools
-from offloadd.state.actions import Action, DrainInstance, ForgetInstance, GrantLoan, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.actions import (
+    Action,
+    AdoptInstance,
+    DrainInstance,
+    ForgetInstance,
+    GrantLoan,
+    Plan,
+    StartInstance,
+    StopInstance,
+    StopReason,
+)
 from offloadd.state.desired import Engine
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import ExitCause, ExitKind, ExitStatus
@@ -94,6 +104,10 @@ class Executor:
         match action:
             case StartInstance():
                 self._start(action)
+            case AdoptInstance():
+                said = _about(EventKind.INSTANCE_ADOPTED, action.instance)
+                log.info("%s: adopted: %s", action.instance, action.why, extra=said)
+                self._instances[action.instance].adopt()
             case DrainInstance():
                 log.info(
                     "%s: draining: %s", action.instance, action.why, extra=_about(EventKind.INSTANCE_DRAINING, action.instance)

@@ -60,6 +60,7 @@ class Instance:
         self._tools = tools
         self._state = InstanceState.STARTING
         self._started_at = self._since = tools.clock.now()
+        self._adopted_at: Instant | None = None
         self._ready_at: Instant | None = None
         self._last_sign: Instant | None = None
         self._drain_deadline: Instant | None = None
@@ -82,6 +83,7 @@ class Instance:
             state=self._state,
             since=self._since,
             started_at=self._started_at,
+            adopted_at=self._adopted_at,
             ready_at=self._ready_at,
             drain_deadline=self._drain_deadline,
             last_sign=self._last_sign,
@@ -92,6 +94,12 @@ class Instance:
     def sign(self) -> None:
         """It did some work just now: bytes came from it, or a probe of its working loop was answered."""
         self._last_sign = self._tools.clock.now()
+
+    def adopt(self) -> None:
+        """Take over what an earlier daemon left running."""
+        if self._state is InstanceState.ORPHANED:
+            self._adopted_at = self._tools.clock.now()
+            self._enter(InstanceState.STARTING)
 
     def drain(self, deadline: Instant) -> None:
         """Take no new request; the planner stops it when the last has ended, or at the deadline."""

@@ -36,6 +36,14 @@ class StartInstance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdoptInstance:
+    """Take over the living process of an earlier daemon as it is: watch it, and serve with it once it answers."""
+
+    instance: InstanceId
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrainInstance:
     """Give it no new request; what runs may end until `deadline`."""
 
@@ -70,7 +78,7 @@ class GrantLoan:
     reserved: Mapping[DeviceId, Bytes]
 
 
-Action = StartInstance | DrainInstance | StopInstance | ForgetInstance | GrantLoan
+Action = StartInstance | AdoptInstance | DrainInstance | StopInstance | ForgetInstance | GrantLoan
 
 
 class ModelState(StrEnum):

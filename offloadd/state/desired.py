@@ -21,6 +21,14 @@ class RunMode(StrEnum):
     NEVER = "never"
 
 
+class OnStop(StrEnum):
+    """What becomes of the servers when the daemon is told to end."""
+
+    STOP = "stop"
+    KEEP = "keep"
+    """They run on, and the next daemon takes them over."""
+
+
 class BackendKind(StrEnum):
     """How offloadd relates to an engine's process."""
 
@@ -72,6 +80,18 @@ class RequestRules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HealthPolicy:
+    """How an instance that is ready is checked beyond its liveness probe."""
+
+    canary: Seconds = Seconds(0)
+    """After so long without a request it is asked for one token; 0 means never."""
+    canary_timeout: Seconds = Seconds(30)
+    """How long that may take."""
+    rss_limit: Bytes = Bytes(0)
+    """RAM of its own above which it is replaced at a request boundary; 0 means no ceiling."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """One engine of the config's `backends`: how its server is started and ranked.
 
@@ -114,6 +134,7 @@ class ModelSpec:
     stop_timeout: Seconds = Seconds(30)
     drain_timeout: Seconds = Seconds(120)
     restart: RestartPolicy = field(default_factory=RestartPolicy)
+    health: HealthPolicy = field(default_factory=HealthPolicy)
     request: RequestRules = field(default_factory=RequestRules)
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
@@ -144,10 +165,11 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:
-    """Where the API listens, and the Host names it answers to beside loopback and those addresses."""
+    """Where the API listens, the Host names it answers to beside loopback and those addresses, and what an end leaves running."""
 
     listen: tuple[str, ...] = ("127.0.0.1:9000",)
     allowed_hosts: tuple[str, ...] = ()
+    on_stop: OnStop = OnStop.STOP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

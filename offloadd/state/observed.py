@@ -23,12 +23,17 @@ class InstanceState(StrEnum):
     DRAINING = "draining"
     STOPPING = "stopping"
     EXITED = "exited"
+    ORPHANED = "orphaned"
+    """An earlier daemon started it and it lives on; the planner has not said yet whether it is adopted."""
 
 
 SETTLING = frozenset({InstanceState.STARTING, InstanceState.LOADING})
 """States on the way to READY."""
 LEAVING = frozenset({InstanceState.DRAINING, InstanceState.STOPPING, InstanceState.EXITED})
 """States that take no new request and lead to the end."""
+
+EJECTING_MISSES = 2
+"""An instance whose working loop was silent for so many probes in a row is passed over while another can take the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +50,19 @@ class InstanceView:
     """When it entered `state`."""
     started_at: Instant
     ready_at: Instant | None = None
+    adopted_at: Instant | None = None
+    """When this daemon took it over from an earlier one; None for its own launches."""
     drain_deadline: Instant | None = None
     footprint_key: str = ""
     """Under which its measured peak is kept."""
     last_sign: Instant | None = None
     """When its working loop last answered, or last sent bytes to a client."""
+    misses: int = 0
+    """Probes of its working loop in a row that brought nothing."""
+    fault: str = ""
+    """What shows that it cannot do its work though its process lives, as a canary that got no answer; empty when nothing does."""
+    stuck: bool = False
+    """SIGKILL did not end it: it holds what it holds until the kernel lets go of it."""
     pid: int | None = None
     endpoint: Endpoint | None = None
     measured: Mapping[DeviceId, Bytes] = field(default_factory=dict)
@@ -58,6 +71,16 @@ class InstanceView:
     """After its exit: what devices do not show as free again yet."""
     peak: Mapping[DeviceId, Bytes] = field(default_factory=dict)
     """The most that was ever measured of it."""
+
+    @property
+    def begun_at(self) -> Instant:
+        """When this daemon began to answer for it: its launch, or its adoption."""
+        return self.started_at if self.adopted_at is None else self.adopted_at
+
+    @property
+    def ejected(self) -> bool:
+        """Whether it should be given no new request as long as another instance can take it."""
+        return bool(self.fault) or self.misses >= EJECTING_MISSES
 
     @property
     def model(self) -> ModelName:
