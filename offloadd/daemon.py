@@ -32,6 +32,7 @@ from offloadd.observe.probes import Prober
 from offloadd.observe.processes import holds_port
 from offloadd.observe.snapshot import Observer
 from offloadd.proxy import upstream
+from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.leases import Host, LeaseBook
 from offloadd.registry.readers import read_model
@@ -46,9 +47,9 @@ from offloadd.runtime.reconciler import Reconciler
 from offloadd.runtime.reload import ConfigStore, explain
 from offloadd.state.actions import Decision, Plan
 from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState
+from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
-from offloadd.state.launch import Footprint
+from offloadd.state.launch import EngineApi, Footprint
 from offloadd.state.observed import InstanceState, ObservedState
 from offloadd.units import Seconds
 
@@ -213,7 +214,7 @@ class Daemon:
         )
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
-        app = build_app(self, [*gateway.routes(), borrow], gateway.find, self._allowed_hosts)
+        app = build_app(self, [*gateway.routes(), borrow], gateway.find, self._allowed_hosts, shaped)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
@@ -339,9 +340,22 @@ class Daemon:
             instance = self._executor.get(key)
             if key.model == model and view.state is InstanceState.READY and view.endpoint and instance:
                 found.append(
-                    Host(instance=key, backend=view.backend, endpoint=view.endpoint, slots=view.spec.parallel, sign=instance.sign)
+                    Host(
+                        instance=key,
+                        backend=view.backend,
+                        endpoint=view.endpoint,
+                        slots=view.spec.parallel,
+                        sign=instance.sign,
+                        api=self._api(view.spec, view.backend),
+                    )
                 )
         return found
+
+    def _api(self, spec: ModelSpec, name: BackendName) -> EngineApi:
+        """What the engine speaks for this model; no more than the usual where its adapter is not known any more."""
+        engine = self._store.applied.desired.engines.get(name)
+        backend = self._backends.get(engine.adapter) if engine else None
+        return backend.api(spec) if backend else EngineApi()
 
     def _decision(self, model: ModelName) -> Decision | None:
         return self._reconciler.latest.decisions.get(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from offloadd.units import Seconds
 
@@ -34,13 +35,22 @@ class RequestError(OffloaddError):
     """A request that ends without the backend's answer. `retry_after` is given when waiting helps."""
 
     def __init__(
-        self, status: int, code: str, message: str, *, retry_after: Seconds | None = None, param: str | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        retry_after: Seconds | None = None,
+        param: str | None = None,
+        more: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.retry_after = retry_after
         self.param = param
+        self.more = more or {}
+        """Numbers that a program may want, beside the sentence."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -50,10 +60,12 @@ class RequestError(OffloaddError):
     @property
     def body(self) -> dict[str, object]:
         """OpenAI's error object."""
-        return error_body(self.status, self.code, self.message, self.param)
+        return error_body(self.status, self.code, self.message, self.param, self.more)
 
 
-def error_body(status: int, code: str, message: str, param: str | None = None) -> dict[str, object]:
+def error_body(
+    status: int, code: str, message: str, param: str | None = None, more: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """OpenAI's error object for a status."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+    return {"error": {"message": message, "type": kind, "code": code, "param": param, **(more or {})}}

@@ -15,7 +15,7 @@ from offloadd.api import views
 from offloadd.api.guard import check_host, check_site
 from offloadd.api.metrics import exposition
 from offloadd.api.picture import Control, Picture
-from offloadd.errors import RequestError, error_body
+from offloadd.errors import RequestError
 from offloadd.events import EventKind, about
 from offloadd.state.desired import ModelSpec
 
@@ -25,13 +25,25 @@ MAX_BODY = 64 * 2**20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _ID_KEY: web.RequestKey[str] = web.RequestKey("request_id", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Shape = Callable[[str, RequestError], tuple[int, dict[str, Any]]]
+
+
+def _openai_shape(_: str, error: RequestError) -> tuple[int, dict[str, Any]]:
+    return error.status, error.body
 
 
 def build_app(
-    control: Control, routes: Iterable[web.RouteDef], find: Callable[[str], ModelSpec], allowed_hosts: Callable[[], Collection[str]]
+    control: Control,
+    routes: Iterable[web.RouteDef],
+    find: Callable[[str], ModelSpec],
+    allowed_hosts: Callable[[], Collection[str]],
+    shape: Shape = _openai_shape,
 ) -> web.Application:
-    """The whole API: the control plane's own routes and those of the data plane. `find` resolves a model's name or alias."""
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(allowed_hosts)])
+    """The whole API: the control plane's own routes and those of the data plane.
+
+    `find` resolves a model's name or alias; `shape` says a refusal as the clients of its path expect it.
+    """
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(allowed_hosts, shape)])
     app.on_response_prepare.append(_name_response)
     app.add_routes(_control_routes(control, find))
     app.add_routes(routes)
@@ -101,7 +113,11 @@ def _show_backend(control: Control) -> Handler:
     return handler
 
 
-def _middleware(allowed_hosts: Callable[[], Collection[str]]) -> Any:
+def _middleware(allowed_hosts: Callable[[], Collection[str]], shape: Shape) -> Any:
+    def refuse(request: web.Request, error: RequestError) -> web.Response:
+        status, body = shape(request.path, error)
+        return web.json_response(body, status=status, headers=error.headers)
+
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
@@ -112,16 +128,17 @@ def _middleware(allowed_hosts: Callable[[], Collection[str]]) -> Any:
             _check_length(request)
             response = await handler(request)
         except RequestError as error:
-            response = web.json_response(error.body, status=error.status, headers=error.headers)
+            response = refuse(request, error)
         except web.HTTPException as error:
-            response = _foreign(request, error)
+            response = refuse(request, _foreign(request, error))
+            response.headers.update((name, value) for name, value in error.headers.items() if name == "Allow")
         except (ConnectionResetError, web.RequestPayloadError):
             raise
         except Exception:
             said = about(EventKind.INTERNAL_ERROR, request=request[_ID_KEY])
             log.exception("request %s %s %r failed", request[_ID_KEY], request.method, request.path, extra=said)
-            body = error_body(500, "internal_error", f"offloadd failed on request {request[_ID_KEY]}: its log says why")
-            response = web.json_response(body, status=500)
+            why = f"offloadd failed on request {request[_ID_KEY]}: its log says why"
+            response = refuse(request, RequestError(500, "internal_error", why))
         return response
 
     return around
@@ -133,8 +150,8 @@ def _check_length(request: web.Request) -> None:
         raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY, actual_size=request.content_length)
 
 
-def _foreign(request: web.Request, error: web.HTTPException) -> web.Response:
-    """aiohttp's own refusals in our shape."""
+def _foreign(request: web.Request, error: web.HTTPException) -> RequestError:
+    """aiohttp's own refusals as ours."""
     messages = {
         404: f"there is nothing at {request.path[:200]}; the README lists the paths",
         405: f"{request.method} is not possible on {request.path[:200]}",
@@ -142,6 +159,4 @@ def _foreign(request: web.Request, error: web.HTTPException) -> web.Response:
     }
     codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
     code = codes.get(error.status, "http_error")
-    message = messages.get(error.status, error.reason)
-    kept = {name: value for name, value in error.headers.items() if name == "Allow"}
-    return web.json_response(error_body(error.status, code, message), status=error.status, headers=kept)
+    return RequestError(error.status, code, messages.get(error.status, error.reason))

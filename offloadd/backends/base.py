@@ -13,6 +13,7 @@ from offloadd.state.desired import BackendOptions, Engine, ModelSpec
 from offloadd.state.ids import DeviceKind
 from offloadd.state.launch import (
     Endpoint,
+    EngineApi,
     ExitCause,
     ExitKind,
     ExitStatus,
@@ -67,6 +68,10 @@ class Backend(Protocol):
 
     def read_probe(self, spec: ModelSpec, path: str, reply: ProbeReply) -> Health:
         """What the reply to the probe of `path` means."""
+        ...
+
+    def api(self, spec: ModelSpec) -> EngineApi:
+        """Which of the paths of its HTTP API work for this model, and how it wants to be asked."""
         ...
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:

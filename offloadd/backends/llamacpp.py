@@ -15,6 +15,7 @@ from offloadd.state.desired import BackendOptions, Engine, ModelSpec
 from offloadd.state.ids import DeviceKind
 from offloadd.state.launch import (
     Endpoint,
+    EngineApi,
     ExitCause,
     ExitKind,
     ExitStatus,
@@ -171,6 +172,20 @@ _WRONG_PROCESSOR = ExitCause(
 )
 
 
+_ALWAYS = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/infill",
+    }
+)
+"""Paths that it has for every model."""
+
+
 class LlamaCpp:
     """The adapter of `llama-server`."""
 
@@ -255,6 +270,19 @@ class LlamaCpp:
         if path == "/slots" and reply.status in (404, 501):
             return Health.READY  # switched off by the operator's args: then nothing better is known
         return Health.READY if reply.status == 200 else Health.SILENT
+
+    def api(self, spec: ModelSpec) -> EngineApi:
+        """It looks at no name, answers with its alias, which is ours, and has embeddings, reranking and audio only when told to."""
+        options = _options(spec)
+        switched = {
+            "/v1/embeddings": (options.embeddings, "llamacpp.embeddings: true"),
+            "/v1/rerank": (options.reranking, "llamacpp.reranking: true"),
+            "/v1/audio/transcriptions": (bool(options.mmproj), "llamacpp.mmproj: a projector that hears"),
+        }
+        # Its own arguments may switch on what the options do not; then it is asked, and refuses by itself.
+        by_hand = bool(spec.args)
+        found = {path for path, (on, _) in switched.items() if on or by_hand}
+        return EngineApi(paths=_ALWAYS | found, hints={path: how for path, (_, how) in switched.items()})
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """Every failed start is exit 1: only the text tells them apart."""

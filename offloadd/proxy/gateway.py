@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -15,6 +16,8 @@ from multidict import CIMultiDict
 from offloadd.errors import RequestError
 from offloadd.proxy import relay, routing, upstream
 from offloadd.proxy.dialects import openai, plain, sse
+from offloadd.proxy.dialects.base import Change, Gathering, Translation
+from offloadd.proxy.dialects.refusals import engine_error, event_error
 from offloadd.proxy.leases import Lease, LeaseBook
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName
@@ -83,16 +86,36 @@ class Gateway:
         spec = self.find(head.model)
         routing.check_backend(spec, head.backend)
         path, wanted = plain.translate(routing.read_object(routing.apply_rules(spec.request, raw)))
-        async with self._leased(spec, backend=head.backend) as held:
-            host = held.lease.host
-            origin = {"model": spec.name, "backend": host.backend, "instance": str(host.instance)}
-            call = self._call(request, path, msgspec.json.encode(openai.as_stream(wanted)))
-            if head.stream:
-                return await self._plain_stream(request, held.lease, call, origin)
-            collected = await relay.until_revoked(held.lease, self._collect(held.lease, call, path))
-            if isinstance(collected, relay.Answer):
-                return _respond(collected, self._origin(held.lease))
-            return web.json_response(plain.answer(collected, origin), headers=self._origin(held.lease))
+        async with self.leased(spec, backend=head.backend) as lease:
+            origin = {"model": spec.name, "backend": lease.host.backend, "instance": str(lease.host.instance)}
+            translation = Translation(
+                path=path,
+                body=openai.as_stream(wanted),
+                change=lambda: plain.PlainStream(origin),
+                gather=lambda: openai.Collector(path),
+                whole=lambda answer: plain.answer(answer, origin),
+            )
+            return await self.converse(request, lease, translation, stream=bool(head.stream))
+
+    async def converse(self, request: web.Request, lease: Lease, translation: Translation, *, stream: bool) -> web.StreamResponse:
+        """A translated request on a leased instance. Its answer is fetched as a stream, which ends when the client leaves."""
+        call = self._call(request, translation.path, msgspec.json.encode(translation.body))
+        if stream:
+            return await self._stream(request, lease, call, translation.change())
+        gathering = translation.gather()
+        await relay.until_revoked(lease, self._gather(lease, call, gathering))
+        return web.json_response(body=msgspec.json.encode(translation.whole(gathering.answer())), headers=self._origin(lease))
+
+    async def ask(self, request: web.Request, lease: Lease, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A small question that an engine answers at once; RequestError when it refuses."""
+        call = self._call(request, path, msgspec.json.encode(body))
+        return sse.decode((await relay.until_revoked(lease, self._read(lease, call))).body)
+
+    @asynccontextmanager
+    async def leased(self, spec: ModelSpec, *, backend: str | None = None) -> AsyncIterator[Lease]:
+        """An instance of the model, held until the block ends."""
+        async with self._leased(spec, backend=backend) as held:
+            yield held.lease
 
     async def by_path(self, request: web.Request) -> web.StreamResponse:
         """`/upstream/{model}/{path}`: anything else that one model's server offers."""
@@ -102,13 +125,15 @@ class Gateway:
         query = f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
         body = await request.read() if request.can_read_body else None
         spec = self.find(request.match_info["model"])
-        call = self._call(request, raw_path + query, body)
+        call = replace(self._call(request, raw_path + query, body), by_path=True)
         lease = self._book.borrow(spec) if request.method in ("GET", "HEAD") else None
         async with self._leased(spec, lease) as held:
             return await self._stream(request, held.lease, call)
 
-    async def _stream(self, request: web.Request, lease: Lease, call: relay.Call) -> web.StreamResponse:
-        stream = relay.Stream(request, self._origin(lease))
+    async def _stream(
+        self, request: web.Request, lease: Lease, call: relay.Call, change: Change | None = None
+    ) -> web.StreamResponse:
+        stream = relay.Stream(request, self._origin(lease), change)
         try:
             await relay.until_revoked(lease, self._copy(stream, lease, call))
         except RequestError as error:
@@ -117,25 +142,14 @@ class Gateway:
 
     async def _copy(self, stream: relay.Stream, lease: Lease, call: relay.Call) -> None:
         async with relay.send(self._session, lease, call) as response:
+            await self._check(lease, response, call)
             await stream.copy(lease, response)
 
-    async def _plain_stream(
-        self, request: web.Request, lease: Lease, call: relay.Call, origin: dict[str, Any]
-    ) -> web.StreamResponse:
-        stream = relay.Stream(request, self._origin(lease))
-        pieces = plain.PlainStream(origin)
-
-        async def copy() -> None:
-            async with relay.send(self._session, lease, call) as response:
-                await stream.copy(lease, response, pieces.feed if response.status == 200 else None)
-                if response.status == 200:
-                    await stream.write(pieces.end())
-
-        try:
-            await relay.until_revoked(lease, copy())
-        except RequestError as error:
-            return await stream.fail(error)
-        return await stream.end()
+    async def _check(self, lease: Lease, response: aiohttp.ClientResponse, call: relay.Call) -> None:
+        """Raise what the engine's refusal means. What was asked for by path is that server's own business."""
+        if response.status >= 400 and not call.by_path:
+            answer = await relay.read_whole(lease, response)
+            raise engine_error(answer.status, answer.body, call.path, response.headers.get("Retry-After", ""))
 
     async def _whole(self, request: web.Request, held: _Held, path: str, body: bytes) -> web.StreamResponse:
         """An answer that is not a stream. See `dialects/openai.py` for why it may be fetched as one."""
@@ -144,36 +158,33 @@ class Gateway:
             fields = routing.read_object(body)
             if openai.can_collect(path, fields):
                 call = self._call(request, path, msgspec.json.encode(openai.as_stream(fields)))
-                collected = await relay.until_revoked(lease, self._collect(lease, call, path))
-                if isinstance(collected, relay.Answer):
-                    return _respond(collected, self._origin(lease))
-                return web.json_response(body=msgspec.json.encode(collected), headers=self._origin(lease))
+                collector = openai.Collector(path)
+                await relay.until_revoked(lease, self._gather(lease, call, collector))
+                return web.json_response(body=msgspec.json.encode(collector.answer()), headers=self._origin(lease))
             answer = await self._to_the_end(held, self._call(request, path, body))
         else:
             answer = await relay.until_revoked(lease, self._read(lease, self._call(request, path, body)))
         return _respond(answer, self._origin(lease))
 
-    async def _collect(self, lease: Lease, call: relay.Call, path: str) -> dict[str, Any] | relay.Answer:
-        """OpenAI's plain answer, put together from a stream; the backend's own answer when it refuses the request."""
-        collector = openai.Collector(path)
+    async def _gather(self, lease: Lease, call: relay.Call, gathering: Gathering) -> None:
+        """A whole answer, put together from a stream; RequestError when the engine refuses or fails."""
         reader = sse.EventReader()
         async with relay.send(self._session, lease, call) as response:
-            if response.status != 200:
-                return await relay.read_whole(lease, response)
+            await self._check(lease, response, call)
             size = 0
             async for chunk in response.content.iter_any():
                 lease.host.sign()
                 size = relay.bounded(size + len(chunk))
                 for payload in reader.feed(chunk):
-                    collector.add(sse.decode(payload))
-        if collector.error is not None:
-            return relay.Answer(500, CIMultiDict({"Content-Type": "application/json"}), msgspec.json.encode(collector.error))
-        if not collector.complete:
+                    gathering.add(sse.decode(payload))
+        if gathering.error is not None:
+            raise event_error(gathering.error)
+        if not gathering.complete:
             raise aiohttp.ClientPayloadError("its answer broke off")
-        return collector.answer()
 
     async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
         async with relay.send(self._session, lease, call) as response:
+            await self._check(lease, response, call)
             return await relay.read_whole(lease, response)
 
     async def _to_the_end(self, held: _Held, call: relay.Call) -> relay.Answer:

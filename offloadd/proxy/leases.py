@@ -14,7 +14,7 @@ from offloadd.state.actions import Decision
 from offloadd.state.demand import Demand, Waiting
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
-from offloadd.state.launch import Endpoint
+from offloadd.state.launch import Endpoint, EngineApi
 from offloadd.units import Instant, Seconds, format_seconds
 
 
@@ -28,6 +28,8 @@ class Host:
     slots: int
     sign: Callable[[], None]
     """To be called when bytes came from it."""
+    api: EngineApi = field(default_factory=EngineApi)
+    """What it speaks."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

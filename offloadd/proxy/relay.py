@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from yarl import URL
 from offloadd.errors import RequestError, error_body
 from offloadd.proxy import upstream
 from offloadd.proxy.dialects import sse
+from offloadd.proxy.dialects.base import Change
 from offloadd.proxy.leases import Lease
 from offloadd.units import Seconds
 
@@ -35,6 +36,8 @@ class Call:
     path: str
     headers: CIMultiDict[str]
     body: bytes | AsyncIterator[bytes] | None = None
+    by_path: bool = False
+    """Asked for under `/upstream/`: the answer goes back as it is, refusals too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +110,10 @@ def bounded(size: int) -> int:
 class Stream:
     """An answer on its way to a client. Once it has begun, a failure is told in the stream itself."""
 
-    def __init__(self, request: web.Request, origin: CIMultiDict[str]) -> None:
+    def __init__(self, request: web.Request, origin: CIMultiDict[str], change: Change | None = None) -> None:
         self._request = request
         self._origin = origin
+        self._change = change
         self._response: web.StreamResponse | None = None
 
     @property
@@ -118,18 +122,16 @@ class Stream:
         assert self._response is not None  # noqa: S101  (asked for after `copy` only)
         return self._response
 
-    async def copy(self, lease: Lease, response: aiohttp.ClientResponse, change: Callable[[bytes], bytes] | None = None) -> None:
-        """Pass the body on chunk by chunk, each as soon as it comes; `change` may rewrite it."""
-        target = await self._begin(response)
+    async def copy(self, lease: Lease, response: aiohttp.ClientResponse) -> None:
+        """Pass the body on chunk by chunk, each as soon as it comes; a dialect may change it."""
+        change, target = self._change, await self._begin(response)
         async for chunk in response.content.iter_any():
             lease.host.sign()
-            passed = chunk if change is None else change(chunk)
+            passed = chunk if change is None else change.feed(chunk)
             if passed:
                 await target.write(passed)
-
-    async def write(self, data: bytes) -> None:
-        """Add bytes of our own."""
-        await self.response.write(data)
+        if change is not None and (passed := change.end()):
+            await target.write(passed)
 
     async def end(self) -> web.StreamResponse:
         """The answer is whole."""
@@ -140,6 +142,9 @@ class Stream:
         """Say in the stream that it broke off: an `error` event, and no `[DONE]`. Before its begin, the error is the answer."""
         if self._response is None:
             raise error
+        if self._change is not None:
+            await self._response.write(self._change.fail(error))
+            return await self.end()
         if "text/event-stream" not in self._response.headers.get("Content-Type", ""):
             # Only a connection that breaks tells the reader of anything else that it is not whole.
             if self._request.transport is not None:
@@ -151,6 +156,8 @@ class Stream:
 
     async def _begin(self, response: aiohttp.ClientResponse) -> web.StreamResponse:
         headers = upstream.to_client(response.headers)
+        if self._change is not None:
+            headers["Content-Type"] = self._change.media_type
         headers.extend(self._origin)
         self._response = web.StreamResponse(status=response.status, headers=headers)
         await self._response.prepare(self._request)

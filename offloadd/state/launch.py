@@ -79,6 +79,20 @@ class ProbeReply:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineApi:
+    """What the HTTP server of one model's engine speaks, so that a client's dialect is passed on or translated."""
+
+    paths: frozenset[str] = frozenset({"/v1/chat/completions", "/v1/completions"})
+    """POST paths that it answers for this model; any other is translated, or refused by name."""
+    hints: Mapping[str, str] = field(default_factory=dict)
+    """How to have it answer a path that it could: what to write in the config."""
+    model: str = ""
+    """The name that requests must give it; empty when it does not look at it."""
+    exact: bool = True
+    """Whether its OpenAI streams may reach clients as they are: names, ids and endings are OpenAI's, for certain."""
+
+
 class Health(StrEnum):
     """An adapter's reading of a probe's reply."""
 

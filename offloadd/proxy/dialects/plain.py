@@ -7,6 +7,7 @@ from typing import Any
 from offloadd.errors import RequestError
 from offloadd.proxy.dialects import sse
 from offloadd.proxy.dialects.openai import CHAT, COMPLETIONS
+from offloadd.proxy.dialects.refusals import event_error
 
 Object = dict[str, Any]
 
@@ -40,6 +41,8 @@ def answer(collected: Object, origin: Object) -> Object:
 class PlainStream:
     """Turns OpenAI's chunks into plain events: `{"text"}` for each piece, one with the rest at the end, and `[DONE]`."""
 
+    media_type = "text/event-stream"
+
     def __init__(self, origin: Object) -> None:
         self._reader = sse.EventReader()
         self._last: Object = {**origin, "text": "", "finish_reason": None, "usage": None, "timings": None}
@@ -51,12 +54,20 @@ class PlainStream:
 
     def end(self) -> bytes:
         """The closing events; nothing after an error."""
-        return b"" if self._failed else sse.event(self._last) + sse.DONE
+        if self._failed:
+            return b""
+        if self._last["finish_reason"] is None:
+            raise sse.CutStreamError
+        return sse.event(self._last) + sse.DONE
+
+    def fail(self, error: RequestError) -> bytes:
+        """An event with OpenAI's error object, and no `[DONE]`."""
+        return sse.event(error.body)
 
     def _piece(self, chunk: Object) -> bytes:
         if "error" in chunk:
             self._failed = True
-            return sse.event(chunk)
+            return self.fail(event_error(chunk))
         self._last.update({key: chunk[key] for key in ("usage", "timings") if chunk.get(key) is not None})
         pieces = [self._text_of(choice) for choice in chunk.get("choices") or ()]
         return b"".join(sse.event({"text": piece}) for piece in pieces if piece)

@@ -15,9 +15,17 @@ class BrokenStreamError(Exception):
     """What an engine sent is not a stream of JSON events."""
 
 
-def event(payload: object) -> bytes:
-    """One event with a JSON payload."""
-    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+class CutStreamError(BrokenStreamError):
+    """A stream that ended, by itself and in good order, before its answer did."""
+
+    def __init__(self) -> None:
+        super().__init__("the stream ended before the answer did")
+
+
+def event(payload: object, name: str = "") -> bytes:
+    """One event with a JSON payload, and a name where the dialect gives them one."""
+    head = b"event: " + name.encode() + b"\n" if name else b""
+    return head + b"data: " + msgspec.json.encode(payload) + b"\n\n"
 
 
 def decode(payload: bytes) -> dict[str, Any]:

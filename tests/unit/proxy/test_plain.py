@@ -59,5 +59,13 @@ def test_a_stream_however_it_is_cut(cuts: list[int]) -> None:
 def test_nothing_follows_an_error() -> None:
     stream = PlainStream(ORIGIN)
     error = {"error": {"message": "out of memory"}}
-    assert stream.feed(sse.event(CHUNKS[1]) + sse.event(error)) == sse.event({"text": "Grüß"}) + sse.event(error)
+    told = {"error": {"message": "out of memory", "type": "server_error", "code": "backend_error", "param": None}}
+    assert stream.feed(sse.event(CHUNKS[1]) + sse.event(error)) == sse.event({"text": "Grüß"}) + sse.event(told)
     assert stream.end() == b""
+
+
+def test_a_stream_that_ends_too_soon_is_not_whole() -> None:
+    stream = PlainStream(ORIGIN)
+    stream.feed(sse.event(CHUNKS[1]))
+    with pytest.raises(sse.CutStreamError):
+        stream.end()
