@@ -15,6 +15,7 @@ from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, json_s
 from offloadd.daemon import serve
 from offloadd.demo import run_demo
 from offloadd.errors import OffloaddError
+from offloadd.systemd import Manager
 from offloadd.terminal import FAILED, JsonOption, run_app
 
 DEFAULT_CONFIG = Path("/etc/offloadd/offloadd.yaml")
@@ -40,7 +41,7 @@ def run(
 ) -> None:
     """Run the daemon until SIGTERM. SIGHUP reloads the config, as does a change of its file."""
     journal.set_up()
-    asyncio.run(serve(config, discover()))
+    asyncio.run(serve(config, discover(), manager=Manager.from_environment()))
 
 
 @app.command()

@@ -16,9 +16,10 @@ from aiohttp import http_parser, web
 from offloadd import __version__
 from offloadd.api.app import build_app, request_id
 from offloadd.api.borrow import borrow_route
-from offloadd.api.listen import allowed_hosts, listen
+from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models
+from offloadd.api.service import Service
 from offloadd.backends.base import Backend
 from offloadd.clock import Clock, SystemClock
 from offloadd.config import render_json
@@ -51,6 +52,7 @@ from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import EngineApi, Footprint
 from offloadd.state.observed import InstanceState, ObservedState
+from offloadd.systemd import Manager
 from offloadd.units import Seconds
 
 log = logging.getLogger(__name__)
@@ -63,14 +65,21 @@ TRIM = Seconds(1)
 """How often instances' logs are checked against their bound."""
 GRACE = Seconds(30)
 """On SIGTERM, requests that run may go on for so long; a second signal ends the wait."""
+STOP_MARGIN = Seconds(15)
+"""Beyond the grace and the slowest server's stop_timeout: killing, reaping, closing."""
 STALLED = Seconds(30)
 """A reconcile loop that completed no cycle for so long makes no progress: /health answers 503."""
 
 
-async def serve(config: Path, backends: Mapping[str, Backend], started: Callable[[Daemon], None] = lambda _: None) -> None:
+async def serve(
+    config: Path,
+    backends: Mapping[str, Backend],
+    started: Callable[[Daemon], None] = lambda _: None,
+    manager: Manager | None = None,
+) -> None:
     """Run the daemon for one config path until a signal ends it; PermanentError when the start is not possible.
 
-    `started` is called once it listens.
+    `started` is called once it listens. `manager` is the service manager that started us, if one did.
     """
     if not hasattr(http_parser, "HttpRequestParserC"):
         # The pure-Python parser accepts other things than the C one: what is refused must not depend on how it was installed.
@@ -81,19 +90,28 @@ async def serve(config: Path, backends: Mapping[str, Backend], started: Callable
     data_dir = Path(store.applied.desired.storage.data_dir)
     with locked(data_dir):
         async with upstream.open_session() as session:
-            await Daemon(store, backends, clock, data_dir, session).run(started)
+            await Daemon(store, backends, clock, data_dir, session, manager or Manager()).run(started)
 
 
 class Daemon:
     """Everything that runs for one config path and one data folder."""
 
     def __init__(
-        self, store: ConfigStore, backends: Mapping[str, Backend], clock: Clock, data_dir: Path, session: aiohttp.ClientSession
+        self,
+        store: ConfigStore,
+        backends: Mapping[str, Backend],
+        clock: Clock,
+        data_dir: Path,
+        session: aiohttp.ClientSession,
+        manager: Manager,
     ) -> None:
         self._clock = clock
         self._store = store
         self._backends = backends
         self._session = session
+        self._manager = manager
+        self._service = Service(manager, self.look)
+        self._listeners = Listeners((), activated=False)
         self._started_wall = clock.wall()
         self._problems = Problems()
         self._leaving = asyncio.Event()
@@ -126,18 +144,20 @@ class Daemon:
         self._saved = await asyncio.to_thread(self._registry.footprints)
         self._observer.know(self._saved)
         await self._look_ahead(self._store.applied.desired)
-        self._store.follow(before=self._look_ahead, after=self._follow_config)
+        self._store.follow(before=self._look_ahead, after=self._follow_config, around=self._service.reloading)
         async with self._serving(), asyncio.TaskGroup() as group:
             loops = (
                 self._reconciler.run(),
                 self._keep("a look at the machine", self._look_again),
                 self._keep("the trimming of logs", self._trim_logs),
                 self._keep("the watch of the config", self._store.watch),
+                self._keep("the word to the service manager", self._service.attend),
             )
             tasks = [group.create_task(loop) for loop in loops]
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
             log.info("offloadd %s started", __version__, extra=about(EventKind.DAEMON_STARTED))
             started(self)
+            self._service.ready()
             await self._leaving.wait()
             await self._wind_down()
             for task in tasks:
@@ -219,22 +239,26 @@ class Daemon:
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
-            for address in server.listen:
-                await listen(runner, address)
+            self._listeners = await open_listeners(server.listen, self._manager)
+            await self._listeners.serve(runner)
             yield
         finally:
             await runner.cleanup()
+            self._listeners.close()
             await gateway.close()
 
     def _allowed_hosts(self) -> frozenset[str]:
         """The names given by the present config, and those of the addresses that are really listened on."""
-        return allowed_hosts(self._begun.server.listen, self._store.applied.desired.server.allowed_hosts)
+        return allowed_hosts(self._listeners.addresses, self._store.applied.desired.server.allowed_hosts)
 
     async def _reload_by_signal(self) -> None:
         await self._store.reload("SIGHUP")
 
     async def _wind_down(self) -> None:
         """An empty config drains and stops everything by the ordinary rules; after the grace, all that is left is stopped."""
+        limits = [view.spec.stop_timeout for view in self._executor.views().values()]
+        self._service.stopping(Seconds(GRACE + max(limits, default=0) + STOP_MARGIN))
+        await self._listeners.hold_back()
         said = about(EventKind.DAEMON_STOPPING)
         log.info("stopping: no new requests; those that run may go on for %g s", GRACE, extra=said)
         self._book.close("offloadd is shutting down")
@@ -321,6 +345,7 @@ class Daemon:
     def _apply(self, plan: Plan) -> None:
         self._executor.apply(plan)
         self._loans.refuse(plan)
+        self._service.changed()
         # Before the next request can come in: those that wait see the decisions and instances of this plan.
         self._book.serve_all()
 

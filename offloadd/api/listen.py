@@ -1,54 +1,176 @@
-"""The addresses that the API listens on, and the names that it therefore answers to."""
+"""The sockets that the API listens on: those of socket units win, then those that systemd kept for us, then the config's own."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
 
+from offloadd.config.listen import TcpAddress, parse_listen
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
+from offloadd.systemd import Manager, Received, listens, name_of
 
 UNIX = "unix:"
+KEPT = "listen-"
+"""How the names of listening sockets in systemd's store begin."""
+BACKLOG = 1024
+"""Connections that may wait to be accepted, as they do while one daemon follows another."""
 
 log = logging.getLogger(__name__)
 
 
-async def listen(runner: web.AppRunner, address: str) -> None:
-    """Listen on `host:port` or `unix:/path`; PermanentError says why that cannot be done."""
-    if address.startswith(UNIX):
-        await _listen_on_file(runner, Path(address.removeprefix(UNIX)))
-        return
-    host, port = split_address(address)
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One listening socket, under the address that it was asked for by."""
+
+    address: str
+    socket: socket.socket
+    kept: bool
+    """Whether systemd holds it too: it then outlives us, and who connects meanwhile waits for the next daemon."""
+
+
+@dataclass(slots=True)
+class Listeners:
+    """All of them, and what serves on them."""
+
+    all: Sequence[Listener]
+    activated: bool
+    """Whether they come from socket units, so that the config's addresses do not matter."""
+    _sites: list[tuple[Listener, web.BaseSite]] = field(default_factory=list)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it listens."""
+        return tuple(dict.fromkeys(listener.address for listener in self.all))
+
+    async def serve(self, runner: web.AppRunner) -> None:
+        """Begin to accept."""
+        for listener in self.all:
+            site = web.SockSite(runner, listener.socket, backlog=BACKLOG)
+            await site.start()
+            self._sites.append((listener, site))
+        for address in self.addresses:
+            shown = address if address.startswith(UNIX) else f"http://{address}"
+            by = " (socket from systemd)" if self.activated else ""
+            log.info("listening on %s%s", shown, by, extra=about(EventKind.LISTENING, address=address))
+
+    async def hold_back(self) -> None:
+        """Accept no more where systemd holds the socket as well: new connections wait there for the next daemon."""
+        for listener, site in self._sites:
+            if listener.kept:
+                await site.stop()
+        self._sites = [(listener, site) for listener, site in self._sites if not listener.kept]
+
+    def close(self) -> None:
+        """Let go of sockets that nothing serves."""
+        for listener in self.all:
+            listener.socket.close()
+
+
+async def open_listeners(addresses: Iterable[str], manager: Manager) -> Listeners:
+    """Find or make the sockets; PermanentError says why that cannot be done."""
+    received = manager.take(lambda one: listens(one.fd))
+    given = [one for one in received if not one.name.startswith(KEPT)]
+    wanted = {} if given else {_kept_name(address): address for address in addresses}
+    kept = [one for one in received if one not in given and _reachable(wanted.get(one.name))]
+    _drop([one for one in received if one not in given and one not in kept], manager)
+    if given:
+        return _activated(given)
+    found: list[Listener] = []
     try:
-        await web.TCPSite(runner, host, port, reuse_address=True).start()
+        for name, address in wanted.items():
+            mine = [socket.socket(fileno=one.fd) for one in kept if one.name == name]
+            sockets = mine or await _bind(address)
+            stored = bool(mine) or manager.store(name, *(sock.fileno() for sock in sockets), poll=False)
+            found += [Listener(address, sock, stored) for sock in sockets]
+    except PermanentError:
+        Listeners(found, activated=False).close()
+        raise
+    return Listeners(found, activated=False)
+
+
+def _activated(given: Sequence[Received]) -> Listeners:
+    """Sockets of socket units. They obey the rule of the config's addresses: nothing beyond loopback until keys are enforced."""
+    sockets = [socket.socket(fileno=one.fd) for one in given]
+    listeners = Listeners([Listener(name_of(sock), sock, kept=True) for sock in sockets], activated=True)
+    for one in listeners.all:
+        parsed = parse_listen(one.address) if one.socket.family != socket.AF_UNIX else None
+        if isinstance(parsed, TcpAddress) and not parsed.is_loopback:
+            listeners.close()
+            message = f"the socket unit's address {one.address} is open to others: keys are not enforced in this version"
+            raise PermanentError(message, hint="write ListenStream=127.0.0.1:9000 in the .socket unit, and publish it by a proxy")
+    return listeners
+
+
+async def _bind(address: str) -> list[socket.socket]:
+    if address.startswith(UNIX):
+        return [_bind_file(Path(address.removeprefix(UNIX)))]
+    host, port = split_address(address)
+    bound: list[socket.socket] = []
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, place in dict.fromkeys(found):
+            sock = socket.socket(family, kind, protocol)
+            bound.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(place)
+            sock.listen(BACKLOG)
     except OSError as error:
-        hint = f"see who holds it with: ss -ltnp 'sport = :{port}'"
+        for sock in bound:
+            sock.close()
+        hint = f"see who holds it with: ss -ltnp 'sport = :{port}'" if error.errno == errno.EADDRINUSE else ""
         raise PermanentError(f"cannot listen on {address}: {error.strerror}", hint=hint) from None
-    log.info("listening on http://%s", address, extra=about(EventKind.LISTENING, address=address))
+    return bound
 
 
-async def _listen_on_file(runner: web.AppRunner, path: Path) -> None:
+def _bind_file(path: Path) -> socket.socket:
     """For the daemon's user and group only, from the first moment: the mask is set before the socket is made."""
+    sock = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o117)
     try:
         _clear(path)
-        await web.UnixSite(runner, str(path)).start()
+        sock.bind(str(path))
+        sock.listen(BACKLOG)
     except OSError as error:
+        sock.close()
         hint = "create its folder, and make it writable for this user"
         raise PermanentError(f"cannot listen on {path}: {error.strerror}", hint=hint) from None
     finally:
         os.umask(mask)
-    log.info("listening on %s%s", UNIX, path, extra=about(EventKind.LISTENING, address=f"{UNIX}{path}"))
+    return sock
 
 
 def _clear(path: Path) -> None:
     """Take away a socket that a killed daemon has left; a living one holds the data folder."""
     if path.is_socket():
         path.unlink()
+
+
+def _reachable(address: str | None) -> bool:
+    """Whether a kept socket is still wanted, and can be found by clients: a file may have been deleted."""
+    return address is not None and (not address.startswith(UNIX) or Path(address.removeprefix(UNIX)).is_socket())
+
+
+def _kept_name(address: str) -> str:
+    return (KEPT + address.replace(":", "_"))[:200]
+
+
+def _drop(kept: Iterable[Received], manager: Manager) -> None:
+    """Let go of sockets that the present config has no use for."""
+    for one in kept:
+        with socket.socket(fileno=one.fd) as sock:
+            log.info("no longer listening on %s", name_of(sock))
+        manager.remove(one.name)
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 POLL = Seconds(2)
 """The file is looked at this often even when no event comes: symlink swaps and network disks send none."""
+LIMIT = Seconds(60)
+"""A reload that takes longer, as on a dead network disk, is given up: whoever waits for it gets an answer."""
 SETTLE = Seconds(0.1)
 """A file must read the same twice, this far apart, before a change of it is taken up."""
 
@@ -64,6 +67,7 @@ class ConfigStore:
         self._clock = clock
         self._before: Callable[[DesiredState], Awaitable[None]] | None = None
         self._after: Callable[[], None] | None = None
+        self._around: Callable[[], AbstractContextManager[None]] = nullcontext
         self._lock = asyncio.Lock()
         self._queued: asyncio.Task[Attempt] | None = None
         self._digest = b""
@@ -76,9 +80,18 @@ class ConfigStore:
         if not attempt.applied:
             raise PermanentError(explain(attempt))
 
-    def follow(self, *, before: Callable[[DesiredState], Awaitable[None]], after: Callable[[], None]) -> None:
-        """`before` is awaited with a good config ahead of each swap, to look at what it names; `after` is called right after it."""
-        self._before, self._after = before, after
+    def follow(
+        self,
+        *,
+        before: Callable[[DesiredState], Awaitable[None]],
+        after: Callable[[], None],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`before` is awaited with a good config ahead of each swap, to look at what it names; `after` is called right after it.
+
+        `around` is entered when a reload begins and left when its outcome is known, good or bad.
+        """
+        self._before, self._after, self._around = before, after, around
 
     async def reload(self, why: str) -> Attempt:
         """Read the config now and apply it if it is good.
@@ -113,13 +126,20 @@ class ConfigStore:
     async def _reload(self, why: str) -> Attempt:
         async with self._lock:
             self._queued = None
-            try:
-                self.attempt = await self._try(why)
-            except Exception as error:
-                # The config in force stays in force, and the next reload may fare better.
-                log.exception("reload (%s) failed", why, extra=about(EventKind.INTERNAL_ERROR))
-                self.attempt = Attempt(wall=self._clock.wall(), message=f"internal error: {type(error).__name__}: {error}")
+            with self._around():
+                self.attempt = await self._outcome(why)
             return self.attempt
+
+    async def _outcome(self, why: str) -> Attempt:
+        try:
+            async with asyncio.timeout(LIMIT):
+                return await self._try(why)
+        except TimeoutError:
+            return self._refused(Attempt(wall=self._clock.wall(), message=f"reading it took longer than {LIMIT:g} s"), why)
+        except Exception as error:
+            # The config in force stays in force, and the next reload may fare better.
+            log.exception("reload (%s) failed", why, extra=about(EventKind.INTERNAL_ERROR))
+            return Attempt(wall=self._clock.wall(), message=f"internal error: {type(error).__name__}: {error}")
 
     async def _try(self, why: str) -> Attempt:
         try:
