@@ -33,6 +33,7 @@ from offloadd.observe.probes import Prober
 from offloadd.observe.processes import holds_port
 from offloadd.observe.snapshot import Observer
 from offloadd.proxy import upstream
+from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.leases import Host, LeaseBook
@@ -52,6 +53,7 @@ from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import EngineApi, Footprint
 from offloadd.state.observed import InstanceState, ObservedState
+from offloadd.state.served import Served
 from offloadd.systemd import Manager
 from offloadd.units import Seconds
 
@@ -225,16 +227,18 @@ class Daemon:
 
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:
+        accounts = Accounts(self._clock, self._served)
         gateway = Gateway(
             book=self._book,
             desired=lambda: self._store.applied.desired,
             session=self._session,
             cancels_only_streams=self._cancels_only_streams,
             request_id=request_id,
+            accounts=accounts,
         )
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
-        app = build_app(self, [*gateway.routes(), borrow], gateway.find, self._allowed_hosts, shaped)
+        app = build_app(self, [*gateway.routes(), borrow], gateway.find, self._allowed_hosts, accounts.close, shaped)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
@@ -246,6 +250,9 @@ class Daemon:
             await runner.cleanup()
             self._listeners.close()
             await gateway.close()
+
+    def _served(self, served: Served) -> None:
+        """One inference request is over. Whoever counts, keeps or explains them is told here."""
 
     def _allowed_hosts(self) -> frozenset[str]:
         """The names given by the present config, and those of the addresses that are really listened on."""

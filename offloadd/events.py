@@ -38,6 +38,8 @@ class EventKind(StrEnum):
     """It had to be killed, or left processes that had to be."""
     INSTANCE_ENDED = "instance-ended"
     LOAN_GRANTED = "loan-granted"
+    REQUEST_ENDED = "request-ended"
+    """One inference request is over, however it ended."""
     REGISTRY_PROBLEM = "registry-problem"
     INTERNAL_ERROR = "internal-error"
 

@@ -26,6 +26,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _ID_KEY: web.RequestKey[str] = web.RequestKey("request_id", str)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Shape = Callable[[str, RequestError], tuple[int, dict[str, Any]]]
+Ended = Callable[[web.Request, str, int | None, RequestError | None], None]
+"""Told of every request once, at its end: its id, the status of its answer (None when its client left), and why it was refused."""
 
 
 def _openai_shape(_: str, error: RequestError) -> tuple[int, dict[str, Any]]:
@@ -37,13 +39,15 @@ def build_app(
     routes: Iterable[web.RouteDef],
     find: Callable[[str], ModelSpec],
     allowed_hosts: Callable[[], Collection[str]],
+    ended: Ended = lambda *_: None,
     shape: Shape = _openai_shape,
 ) -> web.Application:
     """The whole API: the control plane's own routes and those of the data plane.
 
-    `find` resolves a model's name or alias; `shape` says a refusal as the clients of its path expect it.
+    `find` resolves a model's name or alias; `ended` is told of every request; `shape` says a refusal as the clients of its path
+    expect it.
     """
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(allowed_hosts, shape)])
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(allowed_hosts, ended, shape)])
     app.on_response_prepare.append(_name_response)
     app.add_routes(_control_routes(control, find))
     app.add_routes(routes)
@@ -113,7 +117,7 @@ def _show_backend(control: Control) -> Handler:
     return handler
 
 
-def _middleware(allowed_hosts: Callable[[], Collection[str]], shape: Shape) -> Any:
+def _middleware(allowed_hosts: Callable[[], Collection[str]], ended: Ended, shape: Shape) -> Any:
     def refuse(request: web.Request, error: RequestError) -> web.Response:
         status, body = shape(request.path, error)
         return web.json_response(body, status=status, headers=error.headers)
@@ -122,12 +126,15 @@ def _middleware(allowed_hosts: Callable[[], Collection[str]], shape: Shape) -> A
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
         request[_ID_KEY] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        response: web.StreamResponse | None = None
+        refusal: RequestError | None = None
         try:
             check_host(request, allowed_hosts())
             check_site(request)
             _check_length(request)
             response = await handler(request)
         except RequestError as error:
+            refusal = error
             response = refuse(request, error)
         except web.HTTPException as error:
             response = refuse(request, _foreign(request, error))
@@ -139,6 +146,8 @@ def _middleware(allowed_hosts: Callable[[], Collection[str]], shape: Shape) -> A
             log.exception("request %s %s %r failed", request[_ID_KEY], request.method, request.path, extra=said)
             why = f"offloadd failed on request {request[_ID_KEY]}: its log says why"
             response = refuse(request, RequestError(500, "internal_error", why))
+        finally:
+            ended(request, request[_ID_KEY], None if response is None else response.status, refusal)
         return response
 
     return around

@@ -15,6 +15,7 @@ from multidict import CIMultiDict
 
 from offloadd.errors import RequestError
 from offloadd.proxy import relay, routing, upstream
+from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects import openai, plain, sse
 from offloadd.proxy.dialects.base import Change, Gathering, Translation
 from offloadd.proxy.dialects.refusals import engine_error, event_error
@@ -37,17 +38,22 @@ class Gateway:
         session: aiohttp.ClientSession,
         cancels_only_streams: Callable[[BackendName], bool],
         request_id: Callable[[web.Request], str],
+        accounts: Accounts,
     ) -> None:
         self._book = book
         self._desired = desired
         self._session = session
         self._cancels_only_streams = cancels_only_streams
         self._request_id = request_id
+        self._accounts = accounts
         self._names: tuple[DesiredState, routing.Names] | None = None
         self._lingering: set[asyncio.Task[None]] = set()
 
     def routes(self) -> list[web.RouteDef]:
         """The paths of the data plane."""
+        self._accounts.know("openai", *FORWARDED)
+        self._accounts.know("plain", "/inference")
+        self._accounts.know("upstream", "/upstream/{model}/{path}")
         return [
             *(web.post(path, self.forward) for path in FORWARDED),
             web.post("/inference", self.inference),
@@ -76,7 +82,7 @@ class Gateway:
         body = routing.apply_rules(spec.request, raw)
         async with self._leased(spec, backend=head.backend) as held:
             if routing.read_head(body).stream:
-                return await self._stream(request, held.lease, self._call(request, request.path, body))
+                return await self._stream(request, held.lease, self._call(request, held.lease, request.path, body))
             return await self._whole(request, held, request.path, body)
 
     async def inference(self, request: web.Request) -> web.StreamResponse:
@@ -99,7 +105,7 @@ class Gateway:
 
     async def converse(self, request: web.Request, lease: Lease, translation: Translation, *, stream: bool) -> web.StreamResponse:
         """A translated request on a leased instance. Its answer is fetched as a stream, which ends when the client leaves."""
-        call = self._call(request, translation.path, msgspec.json.encode(translation.body))
+        call = self._call(request, lease, translation.path, msgspec.json.encode(translation.body))
         if stream:
             return await self._stream(request, lease, call, translation.change())
         gathering = translation.gather()
@@ -108,7 +114,7 @@ class Gateway:
 
     async def ask(self, request: web.Request, lease: Lease, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A small question that an engine answers at once; RequestError when it refuses."""
-        call = self._call(request, path, msgspec.json.encode(body))
+        call = self._call(request, lease, path, msgspec.json.encode(body))
         return sse.decode((await relay.until_revoked(lease, self._read(lease, call))).body)
 
     @asynccontextmanager
@@ -125,30 +131,31 @@ class Gateway:
         query = f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
         body = await request.read() if request.can_read_body else None
         spec = self.find(request.match_info["model"])
-        call = replace(self._call(request, raw_path + query, body), by_path=True)
         lease = self._book.borrow(spec) if request.method in ("GET", "HEAD") else None
         async with self._leased(spec, lease) as held:
+            call = replace(self._call(request, held.lease, raw_path + query, body), by_path=True)
             return await self._stream(request, held.lease, call)
 
     async def _stream(
         self, request: web.Request, lease: Lease, call: relay.Call, change: Change | None = None
     ) -> web.StreamResponse:
+        call.account.streamed = not call.by_path
         stream = relay.Stream(request, self._origin(lease), change)
         try:
             await relay.until_revoked(lease, self._copy(stream, lease, call))
         except RequestError as error:
-            return await stream.fail(error)
+            return await stream.fail(error, call.account)
         return await stream.end()
 
     async def _copy(self, stream: relay.Stream, lease: Lease, call: relay.Call) -> None:
         async with relay.send(self._session, lease, call) as response:
             await self._check(lease, response, call)
-            await stream.copy(lease, response)
+            await stream.copy(lease, call, response)
 
     async def _check(self, lease: Lease, response: aiohttp.ClientResponse, call: relay.Call) -> None:
         """Raise what the engine's refusal means. What was asked for by path is that server's own business."""
         if response.status >= 400 and not call.by_path:
-            answer = await relay.read_whole(lease, response)
+            answer = await relay.read_whole(lease, call, response)
             raise engine_error(answer.status, answer.body, call.path, response.headers.get("Retry-After", ""))
 
     async def _whole(self, request: web.Request, held: _Held, path: str, body: bytes) -> web.StreamResponse:
@@ -157,13 +164,13 @@ class Gateway:
         if self._cancels_only_streams(lease.host.backend):
             fields = routing.read_object(body)
             if openai.can_collect(path, fields):
-                call = self._call(request, path, msgspec.json.encode(openai.as_stream(fields)))
+                call = self._call(request, lease, path, msgspec.json.encode(openai.as_stream(fields)))
                 collector = openai.Collector(path)
                 await relay.until_revoked(lease, self._gather(lease, call, collector))
                 return web.json_response(body=msgspec.json.encode(collector.answer()), headers=self._origin(lease))
-            answer = await self._to_the_end(held, self._call(request, path, body))
+            answer = await self._to_the_end(held, self._call(request, lease, path, body))
         else:
-            answer = await relay.until_revoked(lease, self._read(lease, self._call(request, path, body)))
+            answer = await relay.until_revoked(lease, self._read(lease, self._call(request, lease, path, body)))
         return _respond(answer, self._origin(lease))
 
     async def _gather(self, lease: Lease, call: relay.Call, gathering: Gathering) -> None:
@@ -174,6 +181,7 @@ class Gateway:
             size = 0
             async for chunk in response.content.iter_any():
                 lease.host.sign()
+                call.account.tap.feed(chunk)
                 size = relay.bounded(size + len(chunk))
                 for payload in reader.feed(chunk):
                     gathering.add(sse.decode(payload))
@@ -185,7 +193,7 @@ class Gateway:
     async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
         async with relay.send(self._session, lease, call) as response:
             await self._check(lease, response, call)
-            return await relay.read_whole(lease, response)
+            return await relay.read_whole(lease, call, response)
 
     async def _to_the_end(self, held: _Held, call: relay.Call) -> relay.Answer:
         """For a backend that works on after its client has left: the lease then lasts as long as the work does."""
@@ -209,9 +217,11 @@ class Gateway:
         self._lingering.add(lingering)
         lingering.add_done_callback(self._lingering.discard)
 
-    def _call(self, request: web.Request, path: str, body: bytes | None) -> relay.Call:
+    def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None) -> relay.Call:
+        account = self._accounts.open(request)
+        account.grant(lease, len(body or b""))
         headers = upstream.to_backend(request.headers, self._request_id(request))
-        return relay.Call(method=request.method, path=path, headers=headers, body=body)
+        return relay.Call(method=request.method, path=path, headers=headers, account=account, body=body)
 
     @asynccontextmanager
     async def _leased(self, spec: ModelSpec, lease: Lease | None = None, backend: str | None = None) -> AsyncIterator[_Held]:

@@ -15,6 +15,7 @@ from yarl import URL
 
 from offloadd.errors import RequestError, error_body
 from offloadd.proxy import upstream
+from offloadd.proxy.account import Account
 from offloadd.proxy.dialects import sse
 from offloadd.proxy.dialects.base import Change
 from offloadd.proxy.leases import Lease
@@ -35,6 +36,7 @@ class Call:
     method: str
     path: str
     headers: CIMultiDict[str]
+    account: Account
     body: bytes | AsyncIterator[bytes] | None = None
     by_path: bool = False
     """Asked for under `/upstream/`: the answer goes back as it is, refusals too."""
@@ -83,18 +85,20 @@ async def until_revoked(lease: Lease, work: Coroutine[Any, Any, T]) -> T:
 async def send(session: aiohttp.ClientSession, lease: Lease, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
     """Send the request; the connection is closed on leaving, which ends the backend's work on a stream."""
     url = lease.host.endpoint.url + call.path
+    call.account.sent = True
     async with session.request(
         call.method, URL(url, encoded=True), data=call.body, headers=call.headers, allow_redirects=False
     ) as response:
         yield response
 
 
-async def read_whole(lease: Lease, response: aiohttp.ClientResponse) -> Answer:
+async def read_whole(lease: Lease, call: Call, response: aiohttp.ClientResponse) -> Answer:
     """The backend's whole answer, bounded."""
     parts: list[bytes] = []
     size = 0
     async for chunk in response.content.iter_any():
         lease.host.sign()
+        call.account.tap.feed(chunk)
         size = bounded(size + len(chunk))
         parts.append(chunk)
     return Answer(response.status, upstream.to_client(response.headers), b"".join(parts))
@@ -122,11 +126,12 @@ class Stream:
         assert self._response is not None  # noqa: S101  (asked for after `copy` only)
         return self._response
 
-    async def copy(self, lease: Lease, response: aiohttp.ClientResponse) -> None:
+    async def copy(self, lease: Lease, call: Call, response: aiohttp.ClientResponse) -> None:
         """Pass the body on chunk by chunk, each as soon as it comes; a dialect may change it."""
         change, target = self._change, await self._begin(response)
         async for chunk in response.content.iter_any():
             lease.host.sign()
+            call.account.tap.feed(chunk)
             passed = chunk if change is None else change.feed(chunk)
             if passed:
                 await target.write(passed)
@@ -138,10 +143,11 @@ class Stream:
         await self.response.write_eof()
         return self.response
 
-    async def fail(self, error: RequestError) -> web.StreamResponse:
+    async def fail(self, error: RequestError, account: Account) -> web.StreamResponse:
         """Say in the stream that it broke off: an `error` event, and no `[DONE]`. Before its begin, the error is the answer."""
         if self._response is None:
             raise error
+        account.broken, account.reason = True, error.message
         if self._change is not None:
             await self._response.write(self._change.fail(error))
             return await self.end()

@@ -1,0 +1,184 @@
+"""The account of one request, kept while it is served and closed once, with exactly one fate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from aiohttp import web
+
+from offloadd.clock import Clock
+from offloadd.errors import OffloaddError
+from offloadd.events import EventKind, about
+from offloadd.proxy.leases import Lease
+from offloadd.proxy.taps import Tap, Tokens
+from offloadd.state.ids import ModelName
+from offloadd.state.served import Fate, Served
+from offloadd.units import Instant, Seconds
+
+log = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+Done = Callable[[Served], None]
+
+
+class Account:
+    """What is known of one request so far. Handlers fill it in; `Accounts` closes it."""
+
+    __slots__ = (
+        "arrived",
+        "broken",
+        "dialect",
+        "granted",
+        "key",
+        "lease",
+        "model",
+        "path",
+        "reason",
+        "sent",
+        "size_in",
+        "streamed",
+        "tap",
+    )
+
+    def __init__(self, path: str, dialect: str, clock: Clock) -> None:
+        self.path = path
+        self.dialect = dialect
+        self.arrived = clock.now()
+        self.tap = Tap(clock)
+        self.model: ModelName | None = None
+        self.lease: Lease | None = None
+        self.granted: Instant | None = None
+        self.sent = False
+        """Whether an engine had it."""
+        self.broken = False
+        """Whether the answer broke off."""
+        self.streamed = False
+        self.size_in = 0
+        self.key = ""
+        self.reason = ""
+
+    def grant(self, lease: Lease, size: int) -> None:
+        """It has an instance now, and a body of this size goes there."""
+        self.lease = lease
+        self.model = lease.host.instance.model
+        self.size_in = size
+        self.granted = Instant(self.arrived + lease.waited)
+        self.reason = lease.why
+
+
+ACCOUNT: web.RequestKey[Account] = web.RequestKey("account", Account)
+
+
+class Accounts:
+    """Opens the account of every inference request and tells what became of it."""
+
+    def __init__(self, clock: Clock, done: Done) -> None:
+        self._clock = clock
+        self._done = done
+        self._dialects: dict[str, str] = {}
+
+    def know(self, dialect: str, *paths: str) -> None:
+        """Requests on these routes, by their patterns, are inference."""
+        self._dialects.update(dict.fromkeys(paths, dialect))
+
+    def open(self, request: web.Request) -> Account:
+        """The request's account; made when it is first asked for."""
+        found = request.get(ACCOUNT)
+        if found is None:
+            pattern = _pattern(request)
+            found = Account(pattern, self._dialects.get(pattern, ""), self._clock)
+            request[ACCOUNT] = found
+        return found
+
+    def close(self, request: web.Request, request_id: str, status: int | None, error: OffloaddError | None = None) -> None:
+        """The request is over, with this status; None when its client left. Requests to the control plane have no account."""
+        if ACCOUNT not in request and _pattern(request) not in self._dialects:
+            return
+        account = self.open(request)
+        if error is not None:
+            account.reason = error.message
+        served = self._sum_up(account, request_id, status)
+        _log(served)
+        self._done(served)
+
+    def _sum_up(self, account: Account, request_id: str, status: int | None) -> Served:
+        now, tap, lease = self._clock.now(), account.tap, account.lease
+        tokens = tap.tokens() if tap.size else Tokens()
+        begun = tap.began
+        completion = tokens.completion
+        if completion is None and account.streamed and tap.events:
+            completion = tap.events
+        speed = tokens.per_second
+        if speed is None and begun is not None and account.streamed and completion and now > begun:
+            speed = completion / (now - begun)
+        return Served(
+            request=request_id,
+            path=account.path,
+            dialect=account.dialect,
+            fate=_fate(account, status),
+            status=CLIENT_LEFT if status is None else status,
+            arrived=account.arrived,
+            duration=Seconds(now - account.arrived),
+            waited=None if lease is None else lease.waited,
+            first_byte=None if begun is None or account.granted is None else Seconds(max(0.0, begun - account.granted)),
+            model=account.model,
+            backend=None if lease is None else lease.host.backend,
+            instance=None if lease is None else lease.host.instance,
+            key=account.key,
+            streamed=account.streamed,
+            chunks=tap.events if account.streamed else 0,
+            bytes_in=account.size_in,
+            bytes_out=tap.size,
+            prompt_tokens=tokens.prompt,
+            cached_tokens=tokens.cached,
+            completion_tokens=completion,
+            tokens_per_second=speed,
+            reason=account.reason,
+        )
+
+
+def _fate(account: Account, status: int | None) -> Fate:
+    if status is None:
+        return Fate.CANCELLED
+    if account.broken or (status >= 500 and account.sent):
+        return Fate.FAILED
+    return Fate.ANSWERED if account.sent or status < 400 else Fate.REFUSED
+
+
+def _pattern(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return "" if resource is None else resource.canonical
+
+
+def _log(served: Served) -> None:
+    """The access log: one line per request. What went well is told only to those who ask for it."""
+    level = logging.WARNING if served.fate is Fate.FAILED else logging.DEBUG
+    if not log.isEnabledFor(level):
+        return
+    said = about(
+        EventKind.REQUEST_ENDED,
+        model=served.model or "",
+        instance=served.instance or "",
+        backend=served.backend or "",
+        request=served.request,
+        path=served.path,
+        fate=served.fate.value,
+        status=served.status,
+        duration_s=round(served.duration, 4),
+        first_byte_s=None if served.first_byte is None else round(served.first_byte, 4),
+        prompt_tokens=served.prompt_tokens,
+        completion_tokens=served.completion_tokens,
+    )
+    where = f" by {served.instance}" if served.instance else ""
+    log.log(
+        level,
+        "%s %s %d in %.3f s%s: %s",
+        served.path,
+        served.fate.value,
+        served.status,
+        served.duration,
+        where,
+        served.reason[:300],
+        extra=said,
+    )
