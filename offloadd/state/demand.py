@@ -36,6 +36,17 @@ class Loan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What an operator asked for by hand. It wins over the config until that is applied again.
+
+    `load` keeps the model loaded as `run: always` does. Else the instances that ran at `since` leave, and the model is on-demand.
+    """
+
+    load: bool
+    since: Instant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """One reading of the LeaseBook. A model or instance that is absent has none."""
 
@@ -43,4 +54,9 @@ class Demand:
     leases: Mapping[InstanceId, int] = field(default_factory=dict)
     last_used: Mapping[ModelName, Instant] = field(default_factory=dict)
     """When a request for the model last arrived or ended."""
+    idle_since: Mapping[InstanceId, Instant] = field(default_factory=dict)
+    """When the last request that an instance held ended; absent when it never held one, or holds one now."""
     loans: Mapping[str, Loan] = field(default_factory=dict)
+    wishes: Mapping[ModelName, Wish] = field(default_factory=dict)
+    forgiven: Mapping[ModelName, Instant] = field(default_factory=dict)
+    """Failures of a model up to this instant were cleared by hand."""

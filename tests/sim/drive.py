@@ -66,6 +66,8 @@ class Driver:
             if self.mix.random() < 0.9:  # else a cycle is skipped
                 lossy = self.mix.random() < 0.15
                 check_cycle(self.world, replan=number % replan_every == 0, actions=self._lose if lossy else None)
+            if self.mix.random() < 0.01:  # between two effects when the cycle was lossy
+                faults.kill_the_daemon(self.world, forgets=self.mix.random() < 0.5)
             if number % calm_every == 0:
                 faults.stop_all(self.world)
                 for holds in LIVENESS:

@@ -124,3 +124,8 @@ def stop_all(world: World) -> None:
         process.script = replace(process.script, crash_after=None, ignores_term=False)
         if process.state in (InstanceState.STARTING, InstanceState.LOADING) and process.script.fate is not Fate.NEVER_READY:
             process.script = replace(process.script, fate=Fate.SERVES)
+
+
+def kill_the_daemon(world: World, *, forgets: bool = False) -> None:
+    """SIGKILL, and a new daemon that finds what is there."""
+    world.daemon_dies(forgets=forgets)

@@ -13,7 +13,17 @@ from dataclasses import replace
 from offloadd.plan.accounting import limit_of
 from offloadd.plan.planner import plan
 from offloadd.plan.restart import WELL
-from offloadd.state.actions import Action, DrainInstance, ForgetInstance, ModelState, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.actions import (
+    Action,
+    AdoptInstance,
+    DrainInstance,
+    ForgetInstance,
+    ModelState,
+    Plan,
+    StartInstance,
+    StopInstance,
+    StopReason,
+)
 from offloadd.state.desired import ModelSpec, RestartPolicy, RunMode
 from offloadd.state.ids import HOST_RAM, DeviceId
 from offloadd.state.launch import Candidate, ExitKind, ModelFacts
@@ -22,6 +32,8 @@ from offloadd.units import Instant
 from tests.sim.device_properties import DEVICE_REPLAN, DEVICE_STEP, loan_fits
 from tests.sim.step import Broken, Step, take_step
 from tests.sim.world import AT_FAULT, World
+
+FOR_A_REASON = (StopReason.EVICTED, StopReason.IDLE, StopReason.REPLACED)
 
 # Safety: every plan by itself
 
@@ -67,10 +79,21 @@ def an_instance_with_an_action_in_flight_gets_no_other(step: Step) -> None:
                 raise Broken(name, f"{action.instance} is started again")
         elif view is None or view.state is InstanceState.STOPPING:
             raise Broken(name, f"{type(action).__name__} for {action.instance}, which is {view.state if view else 'unknown'}")
-        elif isinstance(action, ForgetInstance) != (view.state is InstanceState.EXITED):
+        elif not _in_place(action, view.state):
             raise Broken(name, f"{type(action).__name__} for {action.instance}, which is {view.state}")
-        elif isinstance(action, DrainInstance) and view.state is InstanceState.DRAINING:
-            raise Broken(name, f"{action.instance} is drained twice")
+
+
+def _in_place(action: Action, state: InstanceState) -> bool:
+    """Whether an instance in this state can have the action at all."""
+    match action:
+        case ForgetInstance():
+            return state is InstanceState.EXITED
+        case AdoptInstance():
+            return state is InstanceState.ORPHANED
+        case DrainInstance():
+            return state in (InstanceState.STARTING, InstanceState.LOADING, InstanceState.READY)
+        case _:
+            return state is not InstanceState.EXITED
 
 
 def an_instance_that_holds_leases_is_not_stopped_before_its_drain_deadline(step: Step) -> None:
@@ -92,13 +115,33 @@ def an_instance_is_found_at_fault_only_when_it_is(step: Step) -> None:
         process = step.world.processes[action.instance]
         if action.reason is StopReason.START_TIMEOUT:
             timeout = (step.spec(process.id.model) or process.spec).start_timeout
-            if process.ready_at is not None or step.now < process.started_at + timeout - 1e-6:
+            begun = process.started_at if process.adopted_at is None else process.adopted_at
+            fine = process.state is InstanceState.READY or (process.ready_at is not None and process.adopted_at is None)
+            if fine or step.now < begun + timeout - 1e-6:
                 raise Broken("an_instance_is_found_at_fault_only_when_it_is", f"{process.id} is not late")
         if action.reason is StopReason.HUNG:
             last = process.last_sign or process.since
             silence = step.now - (last if process.held else max(last, process.idle_since))
             if silence < (300 if process.held else 30) - 1e-6:
                 raise Broken("an_instance_is_found_at_fault_only_when_it_is", f"{process.id} was silent for {silence} s only")
+
+
+def what_an_earlier_daemon_left_is_adopted_or_stopped_for_a_reason(step: Step) -> None:
+    """In the first plan that sees it; and it stays unless it is not wanted, is too many, or makes room for a waiter."""
+    name = "what_an_earlier_daemon_left_is_adopted_or_stopped_for_a_reason"
+    actions = {action.instance: action for action in step.on_instances()}
+    for view in step.observed.instances.values():
+        if view.state is not InstanceState.ORPHANED:
+            continue
+        action = actions.get(view.id)
+        if isinstance(action, StopInstance):
+            spec = step.spec(view.model)
+            others = [one for one in step.observed.instances.values() if one.model == view.model and one.id != view.id]
+            fine = spec is None or spec.run is RunMode.NEVER or action.reason in FOR_A_REASON or others
+            if not fine:
+                raise Broken(name, f"{view.id}: {action.why}")
+        elif not isinstance(action, AdoptInstance):
+            raise Broken(name, f"{view.id}: {action}")
 
 
 def a_pinned_instance_or_one_of_higher_priority_is_never_evicted(step: Step) -> None:
@@ -262,6 +305,7 @@ STEP: tuple[Callable[[Step], None], ...] = (
     an_instance_with_an_action_in_flight_gets_no_other,
     an_instance_that_holds_leases_is_not_stopped_before_its_drain_deadline,
     an_instance_is_found_at_fault_only_when_it_is,
+    what_an_earlier_daemon_left_is_adopted_or_stopped_for_a_reason,
     a_pinned_instance_or_one_of_higher_priority_is_never_evicted,
     a_model_is_started_only_for_a_reason,
     a_permanently_broken_model_is_not_started_again,
@@ -371,6 +415,8 @@ def faults_stop_and_the_world_settles(world: World) -> None:
 
 def _moving(world: World) -> bool:
     done = (InstanceState.READY,)
+    if any(card.ghosts for card in world.machine.cards.values()):
+        return True  # of processes that an earlier daemon knew
     return any(process.state not in done or process.hung_at is not None for process in world.processes.values()) or any(
         decision.state is ModelState.BACKOFF for decision in world.last_plan.decisions.values()
     )

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from offloadd.plan.accounting import pool
 from offloadd.plan.placement import Site, place
 from offloadd.plan.planner import plan
-from offloadd.state.actions import Action, DrainInstance, ForgetInstance, GrantLoan, Plan, StartInstance, StopInstance, StopReason
+from offloadd.state.actions import (
+    Action,
+    AdoptInstance,
+    DrainInstance,
+    ForgetInstance,
+    GrantLoan,
+    Plan,
+    StartInstance,
+    StopInstance,
+    StopReason,
+)
 from offloadd.state.demand import Demand, Loan
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import DeviceId, InstanceId, ModelName
@@ -49,7 +59,7 @@ class Step:
     def grants(self) -> list[GrantLoan]:
         return [action for action in self.plan.actions if isinstance(action, GrantLoan)]
 
-    def on_instances(self) -> list[StartInstance | StopInstance | DrainInstance | ForgetInstance]:
+    def on_instances(self) -> list[StartInstance | AdoptInstance | StopInstance | DrainInstance | ForgetInstance]:
         return [action for action in self.plan.actions if not isinstance(action, GrantLoan)]
 
     def evictions(self) -> list[StopInstance | DrainInstance]:

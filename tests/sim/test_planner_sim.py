@@ -133,6 +133,10 @@ class Planner(RuleBasedStateMachine):
     def memory_is_released_late(self, lag: float) -> None:
         faults.slow_release(self.world, lag)
 
+    @rule(forgets=st.booleans())
+    def the_daemon_is_killed_and_started_again(self, forgets: bool) -> None:
+        faults.kill_the_daemon(self.world, forgets=forgets)
+
     @rule()
     def the_reading_of_memory_fails(self) -> None:
         faults.lose_device(self.world)

@@ -16,6 +16,7 @@ from offloadd.plan.admission import Granted, Queued, Refused, Seat, admit, hopel
 from offloadd.plan.planner import plan
 from offloadd.state.actions import (
     Action,
+    AdoptInstance,
     DrainInstance,
     ForgetInstance,
     GrantLoan,
@@ -38,6 +39,13 @@ BETA_SHARE = 0.5
 """The second engine needs this part of the memory that the first one needs."""
 AT_FAULT = {StopReason.HUNG: ExitKind.HUNG, StopReason.START_TIMEOUT: ExitKind.START_TIMEOUT}
 EXITS_KEPT = 200
+STOPPABLE = (
+    InstanceState.STARTING,
+    InstanceState.LOADING,
+    InstanceState.READY,
+    InstanceState.DRAINING,
+    InstanceState.ORPHANED,
+)
 
 
 class Fate(StrEnum):
@@ -102,10 +110,16 @@ class Process:
     silent_until: float = 0.0
     idle_since: float = 0.0
     """When its last request ended."""
+    adopted_at: float | None = None
 
     @property
     def gone(self) -> bool:
         return self.state is InstanceState.EXITED
+
+    @property
+    def loading(self) -> bool:
+        """Whether its model is being loaded, under the eyes of a daemon or not."""
+        return self.ready_at is None and self.state in (InstanceState.LOADING, InstanceState.ORPHANED)
 
     def mute(self, now: float) -> bool:
         """Whether its working loop answers nothing now: it hangs, or it is deep in a long prompt."""
@@ -250,6 +264,7 @@ class World:
             since=Instant(process.since),
             started_at=Instant(process.started_at),
             ready_at=None if process.ready_at is None else Instant(process.ready_at),
+            adopted_at=None if process.adopted_at is None else Instant(process.adopted_at),
             drain_deadline=None if process.deadline is None else Instant(process.deadline),
             last_sign=None if process.last_sign is None else Instant(process.last_sign),
             measured=self.machine.measured(process.id),
@@ -291,6 +306,8 @@ class World:
             match action:
                 case StartInstance():
                     self._start(action)
+                case AdoptInstance():
+                    self._adopt(action)
                 case DrainInstance():
                     self._drain(action)
                 case StopInstance():
@@ -331,14 +348,26 @@ class World:
         self.processes[key] = process
         self._later(0.2, lambda: self._spawned(process))
 
+    def _adopt(self, action: AdoptInstance) -> None:
+        process = self._live(action.instance, (InstanceState.ORPHANED,))
+        process.adopted_at = self.now
+        self._enter(process, InstanceState.LOADING)
+        if process.ready_at is not None:
+            self._later(0.1, lambda: self._answers(process))
+
+    def _answers(self, process: Process) -> None:
+        """It was ready under an earlier daemon, and shows this one that it is."""
+        if process.state is InstanceState.LOADING and process.hung_at is None:
+            self._enter(process, InstanceState.READY)
+            process.last_sign = self.now
+
     def _drain(self, action: DrainInstance) -> None:
         process = self._live(action.instance, (InstanceState.STARTING, InstanceState.LOADING, InstanceState.READY))
         process.deadline = action.deadline
         self._enter(process, InstanceState.DRAINING)
 
     def _stop(self, action: StopInstance) -> None:
-        states = (InstanceState.STARTING, InstanceState.LOADING, InstanceState.READY, InstanceState.DRAINING)
-        process = self._live(action.instance, states)
+        process = self._live(action.instance, STOPPABLE)
         process.told = action.reason
         self._enter(process, InstanceState.STOPPING)
         for request in list(process.held):
@@ -368,7 +397,7 @@ class World:
             self._later(process.script.load / 2, lambda: self._half_loaded(process))
 
     def _half_loaded(self, process: Process) -> None:
-        if process.state is not InstanceState.LOADING:
+        if not process.loading:
             return
         self._take(process, 0.7)
         if process.broken:
@@ -380,11 +409,13 @@ class World:
             self._later(process.script.load / 2, lambda: self._loaded(process))
 
     def _loaded(self, process: Process) -> None:
-        if process.state is not InstanceState.LOADING:
+        if not process.loading:
             return
         self._take(process, 1.0)
-        self._enter(process, InstanceState.READY)
-        process.ready_at = process.last_sign = self.now
+        process.ready_at = self.now
+        if process.state is InstanceState.LOADING:
+            self._enter(process, InstanceState.READY)
+            process.last_sign = self.now
         if process.script.crash_after is not None:
             self._later(process.script.crash_after, lambda: self._crash_serving(process))
 
@@ -433,8 +464,33 @@ class World:
 
     def hang(self, process: Process) -> None:
         """It holds its port and its memory, and does nothing any more."""
-        if process.state in (InstanceState.READY, InstanceState.DRAINING) and process.hung_at is None:
-            process.hung_at = self.now
+        if process.ready_at is not None and process.state is not InstanceState.STOPPING and not process.gone:
+            process.hung_at = self.now if process.hung_at is None else process.hung_at
+
+    # The daemon itself
+
+    def daemon_dies(self, *, forgets: bool) -> None:
+        """It is killed and started again: every connection through it breaks, and what it knew in memory is gone.
+
+        A stop that it had begun is on its books and goes on. A process that does not listen yet is not vouched for, and is killed.
+        How instances have ended is on the books too, unless it `forgets`.
+        """
+        for request in list(self.requests):
+            self._end(request, "broken")
+        for name in list(self.loans):
+            self.give_back(name)
+        for process in list(self.processes.values()):
+            if process.gone or process.state is InstanceState.STARTING:
+                del self.processes[process.id]
+                self._enter(process, InstanceState.EXITED)
+                self._let_go(process.id)
+            elif process.state is not InstanceState.STOPPING:
+                process.adopted_at, process.deadline, process.last_sign = self.now, None, None
+                self._enter(process, InstanceState.ORPHANED)
+        if forgets:
+            self.exits.clear()
+        self.last_used.clear()
+        self.last_plan = Plan()
 
     # Loans
 
