@@ -74,7 +74,9 @@ class InstanceView:
 
     @property
     def begun_at(self) -> Instant:
-        """When this daemon began to answer for it: its launch, or its adoption."""
+        """When this daemon began to answer for it: its launch, or its adoption, before which it is when it was found."""
+        if self.state is InstanceState.ORPHANED:
+            return self.since
         return self.started_at if self.adopted_at is None else self.adopted_at
 
     @property

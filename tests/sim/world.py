@@ -485,7 +485,7 @@ class World:
                 self._enter(process, InstanceState.EXITED)
                 self._let_go(process.id)
             elif process.state is not InstanceState.STOPPING:
-                process.adopted_at, process.deadline, process.last_sign = self.now, None, None
+                process.adopted_at = process.deadline = process.last_sign = None
                 self._enter(process, InstanceState.ORPHANED)
         if forgets:
             self.exits.clear()

@@ -46,6 +46,17 @@ def test_an_orphan_started_long_ago_is_not_idle_at_once() -> None:
     assert scene.does() == []
 
 
+def test_an_orphan_is_not_idle_before_it_is_adopted_either() -> None:
+    left = view("a-1", 4, ORPHANED, started_at=Instant(-9000), ready_at=Instant(-8000), since=NOW)
+    assert Scene(spec("a", idle_timeout=600)).has(left).does() == ["adopt a-1"]
+
+
+def test_an_orphan_may_leave_for_a_waiter_before_it_is_adopted() -> None:
+    left = view("a-1", 4, ORPHANED, started_at=Instant(-9000), ready_at=Instant(-8000), since=NOW)
+    scene = Scene(spec("a"), spec("b"), size=10).has(left).wait("b")
+    assert scene.does() == ["stop a-1"]
+
+
 def test_an_adopted_one_is_given_its_start_timeout_anew() -> None:
     late = view("a-1", 4, InstanceState.LOADING, started_at=Instant(-9000), adopted_at=Instant(NOW - 1))
     assert Scene(spec("a", run=ALWAYS)).has(late).does() == []
