@@ -28,6 +28,8 @@ STANDIN = Path(__file__).parent.parent / "standin" / "llama_server.py"
 HOST = "127.0.0.1"
 READY_WITHIN_S = 30.0
 LLAMACPP = BackendName("llamacpp")
+SPEC_OF_NONE = ModelSpec(name=ModelName("none"), source="none", backends=(LLAMACPP,))
+"""For servers that no adapter started."""
 
 
 def free_port() -> int:

@@ -15,8 +15,8 @@ from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import ModelName
 from tests.conformance import recordings
 from tests.conformance.servers import LLAMACPP, STANDIN, Server, free_port, tiny_gguf, until
+from tests.conformance.shared import shared
 
-FOLDER = Path(__file__).resolve().parents[3] / "shared" / "backends" / "recordings" / "llamacpp"
 CHAT = "/v1/chat/completions"
 SPEC = ModelSpec(name=ModelName("m"), source="m", backends=(LLAMACPP,))
 
@@ -82,8 +82,7 @@ CASES = [(name, capture) for name, setting in SETTINGS.items() for capture in se
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not FOLDER.is_dir():
-        pytest.skip(f"no recordings at {FOLDER}")
+    shared("recordings/llamacpp")
     return tmp_path_factory.mktemp("recordings")
 
 
@@ -124,7 +123,7 @@ def test_answers_as_recorded(name: str, capture: str, folder: Path, servers: dic
         servers[name] = start(setting, folder)
         if setting.busy:
             occupy(servers[name])
-    recorded = recordings.load(FOLDER / capture)
+    recorded = recordings.load(shared("recordings/llamacpp") / capture)
     answered = recordings.replay(recorded, servers[name].port)
     assert recordings.comparable(answered) == recordings.comparable(recorded.answer)
 

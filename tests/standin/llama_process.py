@@ -48,6 +48,7 @@ class Knobs:
     mark_file: str | None = field(default_factory=lambda: _env("MARK_FILE"))
     alloc_mib: int = field(default_factory=lambda: int(_number("ALLOC_MIB")))
     gpu_mib: float = field(default_factory=lambda: _number("GPU_MIB"))
+    gpu_weights_mib: float = field(default_factory=lambda: _number("GPU_WEIGHTS_MIB"))
 
 
 def say(text: str) -> None:
