@@ -67,6 +67,8 @@ TRIM = Seconds(1)
 """How often instances' logs are checked against their bound."""
 GRACE = Seconds(30)
 """On SIGTERM, requests that run may go on for so long; a second signal ends the wait."""
+LAST_CALL = Seconds(0.25)
+"""Who was let in just before we accept no more gets so long to send a request."""
 STOP_MARGIN = Seconds(15)
 """Beyond the grace and the slowest server's stop_timeout: killing, reaping, closing."""
 STALLED = Seconds(30)
@@ -117,6 +119,7 @@ class Daemon:
         self._started_wall = clock.wall()
         self._problems = Problems()
         self._leaving = asyncio.Event()
+        self._closing = False
         self._hurry = asyncio.Event()
         self._asked: asyncio.Task[Picture] | None = None
         self._observer = Observer([HostReader(), NvmlReader(), AmdReader()], backends, read_model)
@@ -265,7 +268,8 @@ class Daemon:
         """An empty config drains and stops everything by the ordinary rules; after the grace, all that is left is stopped."""
         limits = [view.spec.stop_timeout for view in self._executor.views().values()]
         self._service.stopping(Seconds(GRACE + max(limits, default=0) + STOP_MARGIN))
-        await self._listeners.hold_back()
+        await self._last_call()
+        self._closing = True
         said = about(EventKind.DAEMON_STOPPING)
         log.info("stopping: no new requests; those that run may go on for %g s", GRACE, extra=said)
         self._book.close("offloadd is shutting down")
@@ -280,6 +284,13 @@ class Daemon:
         self._executor.stop_all("offloadd is shutting down")
         await self._executor.wait_all()
         log.info("stopped: no process is left", extra=about(EventKind.DAEMON_STOPPED))
+
+    async def _last_call(self) -> None:
+        """Where the next daemon gets the sockets, who comes now waits for it; those already let in may still say what they want."""
+        if await self._listeners.hold_back():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_CALL):
+                    await self._hurry.wait()
 
     async def _keep(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
         """Take the step for ever. One that fails is logged, and the next is taken: no loop may take the servers down with it."""
@@ -336,7 +347,7 @@ class Daemon:
 
     def _desired(self) -> DesiredState:
         applied = self._store.applied.desired
-        return replace(applied, models={}, closing=True) if self._leaving.is_set() else applied
+        return replace(applied, models={}, closing=True) if self._closing else applied
 
     def _observed(self) -> ObservedState:
         return self._observer.snapshot(self._executor.observed())

@@ -62,12 +62,13 @@ class Listeners:
             by = " (socket from systemd)" if self.activated else ""
             log.info("listening on %s%s", shown, by, extra=about(EventKind.LISTENING, address=address))
 
-    async def hold_back(self) -> None:
-        """Accept no more where systemd holds the socket as well: new connections wait there for the next daemon."""
-        for listener, site in self._sites:
-            if listener.kept:
-                await site.stop()
+    async def hold_back(self) -> bool:
+        """Accept no more where systemd holds the socket as well: who comes now waits for the next daemon. False if nowhere."""
+        held = [site for listener, site in self._sites if listener.kept]
         self._sites = [(listener, site) for listener, site in self._sites if not listener.kept]
+        for site in held:
+            await site.stop()
+        return bool(held)
 
     def close(self) -> None:
         """Let go of sockets that nothing serves."""

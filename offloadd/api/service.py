@@ -97,7 +97,7 @@ def _refusal(config: ConfigStatus) -> str:
     error = next((entry for entry in config.diagnostics if entry["severity"] == "error"), None)
     if error is None:
         return f"config refused: {config.message}"
-    return f"config refused: {error['file']}:{error['line']}:{error['column']}: {error['message']}"
+    return f"config refused: {error['file']}:{error['line']}:{error['column']}: error: {error['message']}"
 
 
 def _models(picture: Picture) -> str:

@@ -314,14 +314,19 @@ def again(
 ) -> Daemon:
     """Start a daemon for a config that is there."""
     log_path = folder / f"daemon-{len(list(folder.glob('daemon-*.log')))}.log"
-    start: Sequence[str] = ("-c", _PATCHED.format(patches=patches)) if patches else ("-m", "offloadd")
-    argv = [sys.executable, "-W", "always::ResourceWarning", *start, "run", "-c", str(config_path)]
+    argv = command(config_path, patches)
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             argv, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     port = int(base["server"]["listen"][0].rpartition(":")[2])
     return Daemon(process, port, folder, config_path, log_path, base)
+
+
+def command(config_path: Path, patches: Mapping[str, float] | None = None) -> list[str]:
+    """What starts a daemon."""
+    start: Sequence[str] = ("-c", _PATCHED.format(patches=patches)) if patches else ("-m", "offloadd")
+    return [sys.executable, "-W", "always::ResourceWarning", *start, "run", "-c", str(config_path)]
 
 
 def wait_healthy(daemon: Daemon) -> Daemon:
