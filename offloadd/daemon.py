@@ -14,8 +14,10 @@ import aiohttp
 from aiohttp import http_parser, web
 
 from offloadd import __version__
-from offloadd.api.app import build_app, request_id
+from offloadd.api.app import Door, build_app, request_id
 from offloadd.api.borrow import borrow_route
+from offloadd.api.caller import caller
+from offloadd.api.limits import KeyMeter
 from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models
@@ -118,6 +120,7 @@ class Daemon:
         self._listeners = Listeners((), activated=False)
         self._started_wall = clock.wall()
         self._problems = Problems()
+        self._meter = KeyMeter(clock)
         self._leaving = asyncio.Event()
         self._closing = False
         self._hurry = asyncio.Event()
@@ -230,7 +233,7 @@ class Daemon:
 
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:
-        accounts = Accounts(self._clock, self._served)
+        accounts = Accounts(self._clock, self._served, lambda: caller().name)
         gateway = Gateway(
             book=self._book,
             desired=lambda: self._store.applied.desired,
@@ -238,10 +241,12 @@ class Daemon:
             cancels_only_streams=self._cancels_only_streams,
             request_id=request_id,
             accounts=accounts,
+            may_use=lambda spec: caller().may_use(spec.name, spec.aliases),
         )
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
-        app = build_app(self, [*gateway.routes(), borrow], gateway.find, self._allowed_hosts, accounts.close, shaped)
+        door = Door(access=lambda: self._store.applied.desired.server.access, allowed_hosts=self._allowed_hosts, meter=self._meter)
+        app = build_app(self, [*gateway.routes(), borrow], gateway.find, door, accounts.close, shaped)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
@@ -256,6 +261,7 @@ class Daemon:
 
     def _served(self, served: Served) -> None:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""
+        self._meter.spend(caller(), (served.prompt_tokens or 0) + (served.completion_tokens or 0))
 
     def _allowed_hosts(self) -> frozenset[str]:
         """The names given by the present config, and those of the addresses that are really listened on."""

@@ -41,6 +41,8 @@ class EventKind(StrEnum):
     REQUEST_ENDED = "request-ended"
     """One inference request is over, however it ended."""
     REGISTRY_PROBLEM = "registry-problem"
+    ADMIN_CALL = "admin-call"
+    """Somebody changed something, or tried to, through the API."""
     INTERNAL_ERROR = "internal-error"
 
 

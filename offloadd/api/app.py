@@ -6,17 +6,22 @@ import logging
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from offloadd.api import views
-from offloadd.api.guard import check_host, check_site
+from offloadd.api.caller import caller, identify
+from offloadd.api.guard import check_host, check_site, cors_headers, preflight
+from offloadd.api.limits import KeyMeter
 from offloadd.api.metrics import exposition
 from offloadd.api.picture import Control, Picture
+from offloadd.api.scopes import scope_of
 from offloadd.errors import RequestError
 from offloadd.events import EventKind, about
+from offloadd.state.access import ANYBODY, Access, Caller, Scope
 from offloadd.state.desired import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -34,11 +39,20 @@ def _openai_shape(_: str, error: RequestError) -> tuple[int, dict[str, Any]]:
     return error.status, error.body
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """Who may come in: by the config in force, and by what each key has used."""
+
+    access: Callable[[], Access]
+    allowed_hosts: Callable[[], Collection[str]]
+    meter: KeyMeter
+
+
 def build_app(
     control: Control,
     routes: Iterable[web.RouteDef],
     find: Callable[[str], ModelSpec],
-    allowed_hosts: Callable[[], Collection[str]],
+    door: Door,
     ended: Ended = lambda *_: None,
     shape: Shape = _openai_shape,
 ) -> web.Application:
@@ -47,8 +61,13 @@ def build_app(
     `find` resolves a model's name or alias; `ended` is told of every request; `shape` says a refusal as the clients of its path
     expect it.
     """
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(allowed_hosts, ended, shape)])
-    app.on_response_prepare.append(_name_response)
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(door, ended, shape)])
+
+    async def finish(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["X-Request-Id"] = request[_ID_KEY]
+        response.headers.update(cors_headers(request, door.access().cors_origins))
+
+    app.on_response_prepare.append(finish)
     app.add_routes(_control_routes(control, find))
     app.add_routes(routes)
     return app
@@ -59,14 +78,10 @@ def request_id(request: web.Request) -> str:
     return request[_ID_KEY]
 
 
-async def _name_response(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers["X-Request-Id"] = request[_ID_KEY]
-
-
 def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[web.RouteDef]:
     def show(view: Callable[[Picture], Any]) -> Handler:
         async def handler(_: web.Request) -> web.Response:
-            return web.json_response(view(control.look()))
+            return web.json_response(view(_as_seen(control.look())))
 
         return handler
 
@@ -79,7 +94,9 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
 
     async def health(_: web.Request) -> web.Response:
         picture = control.look()
-        return web.json_response(views.health(picture), status=200 if picture.alive else 503)
+        # Open to probes without a key, which learn no more than whether all is well.
+        shown = views.health(picture) if caller().may(Scope.READ) else {"status": views.health(picture)["status"]}
+        return web.json_response(shown, status=200 if picture.alive else 503)
 
     async def metrics(_: web.Request) -> web.Response:
         return web.Response(body=exposition(control.look), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -106,6 +123,15 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
     ]
 
 
+def _as_seen(picture: Picture) -> Picture:
+    """The picture with the models that the caller may use."""
+    present = caller()
+    if "*" in present.models:
+        return picture
+    models = {name: spec for name, spec in picture.desired.models.items() if present.may_use(name, spec.aliases)}
+    return replace(picture, desired=replace(picture.desired, models=models))
+
+
 def _show_backend(control: Control) -> Handler:
     async def handler(request: web.Request) -> web.Response:
         picture, name = control.look(), request.match_info["name"]
@@ -117,7 +143,7 @@ def _show_backend(control: Control) -> Handler:
     return handler
 
 
-def _middleware(allowed_hosts: Callable[[], Collection[str]], ended: Ended, shape: Shape) -> Any:
+def _middleware(door: Door, ended: Ended, shape: Shape) -> Any:
     def refuse(request: web.Request, error: RequestError) -> web.Response:
         status, body = shape(request.path, error)
         return web.json_response(body, status=status, headers=error.headers)
@@ -129,10 +155,7 @@ def _middleware(allowed_hosts: Callable[[], Collection[str]], ended: Ended, shap
         response: web.StreamResponse | None = None
         refusal: RequestError | None = None
         try:
-            check_host(request, allowed_hosts())
-            check_site(request)
-            _check_length(request)
-            response = await handler(request)
+            response = await _pass(door, request, handler)
         except RequestError as error:
             refusal = error
             response = refuse(request, error)
@@ -151,6 +174,35 @@ def _middleware(allowed_hosts: Callable[[], Collection[str]], ended: Ended, shap
         return response
 
     return around
+
+
+async def _pass(door: Door, request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every check in its order, the cheapest and least telling first; then the handler."""
+    access = door.access()
+    check_host(request, door.allowed_hosts())
+    if answer := preflight(request, access.cors_origins):
+        return answer
+    check_site(request, access.cors_origins)
+    scope = scope_of(request)
+    present = _admit(request, access, scope)
+    _check_length(request)
+    if scope is Scope.ADMIN and request.method != "GET":
+        who, said = present.name or "the local user", about(EventKind.ADMIN_CALL, request=request[_ID_KEY], key=present.name)
+        log.info("%s %s by %s", request.method, request.path[:200], who, extra=said)
+    if scope is Scope.INFERENCE and request.method == "POST":
+        with door.meter.admitted(present):
+            return await handler(request)
+    return await handler(request)
+
+
+def _admit(request: web.Request, access: Access, scope: Scope) -> Caller:
+    """The caller, if it may make this call; 401 when it has shown no key, 403 when its key does not open this."""
+    present = identify(request, access)
+    if present.may(scope):
+        return present
+    if present is ANYBODY:
+        raise RequestError(401, "api_key_required", "this server wants an API key: Authorization: Bearer KEY, or X-Api-Key: KEY")
+    raise RequestError(403, "scope_missing", f"the key {present.name} lacks the scope {scope}, which this call needs")
 
 
 def _check_length(request: web.Request) -> None:

@@ -31,12 +31,44 @@ def check_host(request: web.Request, allowed: Collection[str]) -> None:
         raise RequestError(403, "host_not_allowed", message)
 
 
-def check_site(request: web.Request) -> None:
-    """Refuse calls that a browser makes for another site's page and that would cost or change something."""
+def check_site(request: web.Request, origins: Collection[str]) -> None:
+    """Refuse calls that a browser makes for another site's page and that would cost or change something.
+
+    `origins` are the sites that the config lets in. A browser says where a page comes from in `Origin`, also where it is too old
+    for `Sec-Fetch-Site`; other clients say neither.
+    """
     if request.method not in _CHANGING and not request.path.startswith(_LOADING):
         return
-    if request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site") or request.headers.get("Origin") == "null":
-        raise RequestError(403, "cross_site", "calls from other sites' pages are not accepted")
+    origin = request.headers.get("Origin", "").lower()
+    if origin and origin in origins:
+        return
+    if request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site") or (origin and not _is_same_site(request, origin)):
+        raise RequestError(403, "cross_site", "calls from other sites' pages are not accepted; see server.cors_origins")
+
+
+def cors_headers(request: web.Request, origins: Collection[str]) -> dict[str, str]:
+    """What lets a page of a site named in the config read the answer; never with cookies, which we have none of."""
+    origin = request.headers.get("Origin", "").lower()
+    if not origins:
+        return {}
+    return {"Vary": "Origin", **({"Access-Control-Allow-Origin": origin} if origin in origins else {})}
+
+
+def preflight(request: web.Request, origins: Collection[str]) -> web.Response | None:
+    """The answer to a browser that asks whether a page may call; None when that is not what is asked."""
+    asked = request.headers.get("Access-Control-Request-Method")
+    if request.method != "OPTIONS" or asked is None or request.headers.get("Origin", "").lower() not in origins:
+        return None
+    allowed = {
+        "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key, X-Request-Id, Anthropic-Version",
+        "Access-Control-Max-Age": "600",
+    }
+    return web.Response(status=204, headers=allowed)
+
+
+def _is_same_site(request: web.Request, origin: str) -> bool:
+    return origin.partition("://")[2] == request.headers.get("Host", "").lower()
 
 
 def _without_port(host: str) -> str:

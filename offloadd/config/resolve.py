@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from offloadd.backends.base import Backend
 from offloadd.config.decode import MAX_REPORTED, Decoded
 from offloadd.config.diagnostics import Diagnostic, did_you_mean, error, note, warning
+from offloadd.config.door import access, check_door
 from offloadd.config.engines import Builtin, builtins, can_read, is_hub_id
 from offloadd.config.nodes import Node, Path, find
 from offloadd.config.notes import notes
 from offloadd.config.owned import owned_flag, owned_variable
-from offloadd.config.schema import BackendSection, BudgetSection, ConfigFile, GpuBudget, ModelSection, Section
+from offloadd.config.schema import BackendSection, BudgetSection, ConfigFile, GpuBudget, ModelSection, Section, Server
 from offloadd.config.sections import to_options
 from offloadd.state.desired import (
     BackendKind,
@@ -41,18 +42,23 @@ def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tu
     _check_backends(scope)
     _check_names(scope)
     _check_budget(scope)
+    scope.found.extend(check_door(decoded.config.server, decoded, root))
     scope.found.extend(notes(decoded.config, root))
     if not decoded.config.models and not decoded.problems:
         scope.found.append(warning(root.mark, "no models: whatever runs will be stopped"))
     named = {name for spec in models.values() for name in spec.backends}
     state = DesiredState(
-        server=ServerSpec(listen=decoded.config.server.listen, allowed_hosts=decoded.config.server.allowed_hosts),
+        server=_server(decoded.config.server),
         storage=StorageSpec(data_dir=decoded.config.storage.data_dir, models_path=decoded.config.storage.models_path),
         budget=_budget(decoded.config.budget),
         engines=_engines(scope, named),
         models=models,
     )
     return state, scope.found
+
+
+def _server(section: Server) -> ServerSpec:
+    return ServerSpec(listen=section.listen, allowed_hosts=section.allowed_hosts, access=access(section))
 
 
 @dataclass(slots=True)

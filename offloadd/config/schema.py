@@ -52,6 +52,17 @@ class Section(BaseModel):
     )
 
 
+class AuthLimits(Section):
+    """How much one key may use. What is not written has no limit of its own."""
+
+    requests_per_minute: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Requests to models; more are refused with 429."""
+    tokens_per_minute: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    """Tokens of prompts and answers, as engines count them."""
+    parallel: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Requests at once, those that wait included."""
+
+
 class AuthKey(Section):
     """One API key, and what it opens."""
 
@@ -59,10 +70,12 @@ class AuthKey(Section):
     """What logs and metrics call it."""
     key: Annotated[str, Field(min_length=1, max_length=4096)]
     """The secret itself; better `${file:/path}` or `${env:NAME}`."""
-    scopes: Annotated[tuple[Literal["admin", "inference"], ...], Strict(False), Field(min_length=1)] = ("inference",)
-    """`inference` for requests to models, `admin` for everything else."""
+    scopes: Annotated[tuple[Literal["admin", "inference", "read"], ...], Strict(False), Field(min_length=1)] = ("inference",)
+    """`inference` for requests to models, `read` for looking, `admin` for everything."""
     models: Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] = ("*",)
     """Models that it may use, by name or pattern."""
+    limits: AuthLimits = Field(default_factory=lambda: AuthLimits())
+    """How much it may use."""
 
 
 class Auth(Section):
@@ -85,8 +98,12 @@ class Server(Section):
     """Addresses: `host:port`, `[::1]:9000` or `unix:/path`. Sockets passed by systemd win."""
     allowed_hosts: Annotated[tuple[fields.HostName, ...], Strict(False)] = _SERVER.allowed_hosts
     """`Host` names that are answered, beside loopback and the listen addresses."""
-    auth: Annotated[Auth, NotYet("keys are not enforced yet", lambda value: bool(value.keys))] = Auth()
+    auth: Auth = Auth()
     """API keys."""
+    insecure: bool = False
+    """Whether an address that a network reaches may be opened without keys. Everybody there may then do everything."""
+    cors_origins: fields.Origins = ()
+    """Sites whose pages may call from a browser, such as `https://chat.example`; none unless written."""
 
 
 class Storage(Section):

@@ -30,7 +30,6 @@ class Account:
         "broken",
         "dialect",
         "granted",
-        "key",
         "lease",
         "model",
         "path",
@@ -55,7 +54,6 @@ class Account:
         """Whether the answer broke off."""
         self.streamed = False
         self.size_in = 0
-        self.key = ""
         self.reason = ""
 
     def grant(self, lease: Lease, size: int) -> None:
@@ -73,9 +71,11 @@ ACCOUNT: web.RequestKey[Account] = web.RequestKey("account", Account)
 class Accounts:
     """Opens the account of every inference request and tells what became of it."""
 
-    def __init__(self, clock: Clock, done: Done) -> None:
+    def __init__(self, clock: Clock, done: Done, who: Callable[[], str] = str) -> None:
+        """`who` gives the name of the API key that the present request came with."""
         self._clock = clock
         self._done = done
+        self._who = who
         self._dialects: dict[str, str] = {}
 
     def know(self, dialect: str, *paths: str) -> None:
@@ -125,7 +125,7 @@ class Accounts:
             model=account.model,
             backend=None if lease is None else lease.host.backend,
             instance=None if lease is None else lease.host.instance,
-            key=account.key,
+            key=self._who(),
             streamed=account.streamed,
             chunks=tap.events if account.streamed else 0,
             bytes_in=account.size_in,

@@ -39,13 +39,16 @@ class Gateway:
         cancels_only_streams: Callable[[BackendName], bool],
         request_id: Callable[[web.Request], str],
         accounts: Accounts,
+        may_use: Callable[[ModelSpec], bool],
     ) -> None:
+        """`may_use` says whether the caller of the present request is allowed a model."""
         self._book = book
         self._desired = desired
         self._session = session
         self._cancels_only_streams = cancels_only_streams
         self._request_id = request_id
         self._accounts = accounts
+        self._may_use = may_use
         self._names: tuple[DesiredState, routing.Names] | None = None
         self._lingering: set[asyncio.Task[None]] = set()
 
@@ -67,11 +70,14 @@ class Gateway:
         await asyncio.gather(*self._lingering, return_exceptions=True)
 
     def find(self, name: str | None) -> ModelSpec:
-        """The model that a name or alias means now."""
+        """The model that a name or alias means now, if the caller may use it."""
         desired = self._desired()
         if self._names is None or self._names[0] is not desired:
             self._names = (desired, routing.Names.of(desired))
-        return self._names[1].find(name)
+        spec = self._names[1].find(name)
+        if not self._may_use(spec):
+            raise RequestError(403, "model_not_allowed", f"this key may not use {spec.name}", param="model")
+        return spec
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/…`: the body goes on as it is, save for the model's `request` rules."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from offloadd.state.access import Access
 from offloadd.state.ids import BackendName, ModelName
 from offloadd.units import Bytes, Seconds, Share
 
@@ -165,11 +166,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:
-    """Where the API listens, the Host names it answers to beside loopback and those addresses, and what an end leaves running."""
+    """Where the API listens, the Host names it answers to beside those addresses, who may call, and what an end leaves running."""
 
     listen: tuple[str, ...] = ("127.0.0.1:9000",)
     allowed_hosts: tuple[str, ...] = ()
     on_stop: OnStop = OnStop.STOP
+    access: Access = field(default_factory=Access)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,13 +25,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         "words": model(llamacpp={"embeddings": True}),
         "off": model(run="never"),
     }
-    auth = {"keys": [{"name": "somebody", "key": "${env:CANARY}"}]}
     folder = tmp_path_factory.mktemp("http")
     with running(folder, models, env={"CANARY": CANARY}) as running_daemon:
         for name in ("a", "ruled", "words"):
             running_daemon.wait_for(name)
-        server = {**running_daemon.base["server"], "auth": auth}
-        running_daemon.apply(models, server=server)
         yield running_daemon
 
 

@@ -1,0 +1,83 @@
+"""What each key uses: requests and tokens in the last minute, and requests at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from offloadd.clock import Clock
+from offloadd.errors import RequestError
+from offloadd.state.access import Caller
+from offloadd.units import Instant, Seconds
+
+_MINUTE = Seconds(60)
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Fills evenly up to `size` within a minute; what is taken may leave it in debt, when the price is known only afterwards."""
+
+    size: int
+    level: float
+    at: Instant
+
+    def wait(self, now: Instant) -> Seconds:
+        """Until one may be taken; 0 when that is now."""
+        self.level = min(self.size, self.level + (now - self.at) * self.size / _MINUTE)
+        self.at = now
+        return Seconds(max(0.0, (1 - self.level) * _MINUTE / self.size))
+
+
+class KeyMeter:
+    """Counts by the key's name. A key whose limits were changed begins anew."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._buckets: dict[tuple[str, str], _Bucket] = {}
+        self._running: dict[str, int] = {}
+
+    @contextmanager
+    def admitted(self, caller: Caller) -> Iterator[None]:
+        """Count a request from here to its end; RequestError 429, with the time to wait, when the key has used what it has."""
+        limits = caller.limits
+        running = self._running.get(caller.name, 0)
+        if limits.parallel is not None and running >= limits.parallel:
+            message = f"the key {caller.name} has {running} requests under way, which is its limit"
+            raise RequestError(429, "key_parallel_limit", message, retry_after=Seconds(1))
+        self._check(caller, "tokens", limits.tokens_per_minute)
+        self._check(caller, "requests", limits.requests_per_minute)
+        self._take(caller, "requests", limits.requests_per_minute, 1)
+        self._running[caller.name] = running + 1
+        try:
+            yield
+        finally:
+            self._running[caller.name] -= 1
+            if not self._running[caller.name]:
+                del self._running[caller.name]
+
+    def spend(self, caller: Caller, tokens: int) -> None:
+        """Tokens that a request has taken, known at its end."""
+        self._take(caller, "tokens", caller.limits.tokens_per_minute, tokens)
+
+    def _check(self, caller: Caller, what: str, size: int | None) -> None:
+        bucket = self._bucket(caller, what, size)
+        wait = bucket.wait(self._clock.now()) if bucket else Seconds(0)
+        if wait:
+            message = f"the key {caller.name} has used its {size} {what} a minute"
+            raise RequestError(429, f"key_{what}_limit", message, retry_after=wait)
+
+    def _take(self, caller: Caller, what: str, size: int | None, count: int) -> None:
+        bucket = self._bucket(caller, what, size)
+        if bucket:
+            bucket.wait(self._clock.now())
+            bucket.level -= count
+
+    def _bucket(self, caller: Caller, what: str, size: int | None) -> _Bucket | None:
+        if size is None:
+            self._buckets.pop((caller.name, what), None)
+            return None
+        known = self._buckets.get((caller.name, what))
+        if known is None or known.size != size:
+            known = self._buckets[caller.name, what] = _Bucket(size, size, self._clock.now())
+        return known
