@@ -51,7 +51,7 @@ def test_it_names_models_and_memory() -> None:
 def test_many_models_are_counted_only_and_waiting_requests_are_told() -> None:
     shown = picture({f"m{number}": ModelState.READY for number in range(7)})
     assert status_line(shown) == "7 of 7 models ready"
-    waiting = Demand(waiting={ModelName("m1"): Waiting(count=3, since=NOW)})
+    waiting = Demand(waiting={ModelName("m1"): Waiting(count=3, oldest=NOW)})
     assert status_line(replace(shown, demand=waiting)) == "7 of 7 models ready; 3 waiting"
 
 
