@@ -19,6 +19,7 @@ from offloadd.api.borrow import borrow_route
 from offloadd.api.caller import caller
 from offloadd.api.limits import KeyMeter
 from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
+from offloadd.api.logs import logs_route
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models
 from offloadd.api.service import Service
@@ -46,7 +47,7 @@ from offloadd.runtime.instance import Tools
 from offloadd.runtime.launchers.local import LocalLauncher
 from offloadd.runtime.loans import LoanBook
 from offloadd.runtime.lock import locked
-from offloadd.runtime.logs import LogFolder
+from offloadd.runtime.logs import LogFolder, printable
 from offloadd.runtime.reconciler import Reconciler
 from offloadd.runtime.reload import ConfigStore, explain
 from offloadd.state.actions import Decision, Plan
@@ -246,7 +247,8 @@ class Daemon:
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
         door = Door(access=lambda: self._store.applied.desired.server.access, allowed_hosts=self._allowed_hosts, meter=self._meter)
-        app = build_app(self, [*gateway.routes(), borrow], gateway.find, door, accounts.close, shaped)
+        logs = logs_route(self._logs, self._runs, gateway.find, printable)
+        app = build_app(self, [*gateway.routes(), borrow, logs], gateway.find, door, accounts.close, shaped)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
@@ -262,6 +264,9 @@ class Daemon:
     def _served(self, served: Served) -> None:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""
         self._meter.spend(caller(), (served.prompt_tokens or 0) + (served.completion_tokens or 0))
+
+    def _runs(self, instance: InstanceId) -> bool:
+        return instance in self._executor.alive()
 
     def _allowed_hosts(self) -> frozenset[str]:
         """The names given by the present config, and those of the addresses that are really listened on."""
