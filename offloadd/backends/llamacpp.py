@@ -250,6 +250,8 @@ class LlamaCpp:
         ]
         # On an abort ggml would fork a debugger on itself and wait for it.
         env = {"GGML_NO_BACKTRACE": "1", **_visible(placement), **engine.env, **spec.env}
+        if endpoint.key:
+            env["LLAMA_API_KEY"] = endpoint.key  # not an argument: those are for all users to read
         return Launch(argv=tuple(argv), env=env)
 
     def probes(self, spec: ModelSpec) -> Probes:

@@ -19,7 +19,8 @@ class Prober:
         """Never raises for what the instance does or does not answer."""
         timeout = aiohttp.ClientTimeout(total=probe.timeout)
         try:
-            async with self._session.get(endpoint.url + probe.path, timeout=timeout, allow_redirects=False) as answer:
+            url, shown = endpoint.url + probe.path, endpoint.headers
+            async with self._session.get(url, timeout=timeout, headers=shown, allow_redirects=False) as answer:
                 body = b""
                 while len(body) < _MAX_BODY and (chunk := await answer.content.read(_MAX_BODY - len(body))):
                     body += chunk

@@ -226,7 +226,7 @@ class Gateway:
     def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None) -> relay.Call:
         account = self._accounts.open(request)
         account.grant(lease, len(body or b""))
-        headers = upstream.to_backend(request.headers, self._request_id(request))
+        headers = upstream.to_backend(request.headers, self._request_id(request), lease.host.endpoint.headers)
         return relay.Call(method=request.method, path=path, headers=headers, account=account, body=body)
 
     @asynccontextmanager

@@ -49,9 +49,10 @@ def open_session() -> aiohttp.ClientSession:
     )
 
 
-def to_backend(headers: Mapping[str, str], request_id: str) -> CIMultiDict[str]:
-    """Request headers that a backend may see."""
+def to_backend(headers: Mapping[str, str], request_id: str, shown: Mapping[str, str]) -> CIMultiDict[str]:
+    """Request headers that a backend may see; `shown` are those that open its door to us."""
     kept = _kept(headers, _NOT_TO_BACKENDS)
+    kept.update(shown)
     kept["X-Request-Id"] = request_id
     kept["Accept-Encoding"] = "identity"  # what comes is read and put together here, and a token is too short to compress
     return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -168,7 +169,7 @@ class Instance:
 
     def _spawn(self) -> Process:
         action = self._action
-        endpoint = Endpoint(host=LOOPBACK, port=_free_port())
+        endpoint = Endpoint(host=LOOPBACK, port=_free_port(), key=secrets.token_hex(32))
         launch = self.backend.launch(self._engine, action.spec, action.candidate.facts, action.placement, endpoint)
         process = self._tools.launcher.spawn(launch, mark=self._mark, log_path=self._tools.logs.path(self.id))
         self._process, self._endpoint = process, endpoint

@@ -14,15 +14,22 @@ from offloadd.units import Bytes, Seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where an instance listens; always loopback."""
+    """Where an instance listens; always loopback. Who asks there shows `key`, so that nobody on the machine goes past offloadd."""
 
     host: str
     port: int
+    key: str = field(default="", repr=False)
+    """Random for each launch; empty where the engine knows no keys."""
 
     @property
     def url(self) -> str:
         """`http://host:port`, without a trailing slash."""
         return f"http://{self.host}:{self.port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What shows the key."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from offloadd.state.launch import Endpoint, ExitStatus, ModelFacts, Placement, P
 
 STANDIN = Path(__file__).parent.parent / "standin" / "llama_server.py"
 HOST = "127.0.0.1"
-READY_WITHIN_S = 30.0
+READY_WITHIN_S = 90.0
 LLAMACPP = BackendName("llamacpp")
 SPEC_OF_NONE = ModelSpec(name=ModelName("none"), source="none", backends=(LLAMACPP,))
 """For servers that no adapter started."""
@@ -85,7 +85,7 @@ class Server:
     def log(self) -> list[str]:
         return self.log_path.read_text(errors="replace").splitlines()
 
-    def connect(self, timeout: float = 30) -> http.client.HTTPConnection:
+    def connect(self, timeout: float = 90) -> http.client.HTTPConnection:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout)
         connection.connect()
         return connection

@@ -58,6 +58,12 @@ LOADING = """
     chat-completion-loading.json health-loading.json metrics-loading.json models-loading.json options-loading.txt
     props-loading.json root-loading.txt slots-loading.json unknown-path-loading.json v1-health-loading.json
 """
+KEY = """
+    apikey-basic-chat.json apikey-lowercase-bearer-chat.json apikey-missing-chat.json apikey-missing-get-health.json
+    apikey-missing-get-metrics.json apikey-missing-get-nope.json apikey-missing-get-props.json apikey-missing-get-slots.json
+    apikey-missing-get-tokenize.json apikey-missing-get-v1-health.json apikey-missing-get-v1-models.json apikey-missing-get.txt
+    apikey-missing-options.txt apikey-missing-stream.json apikey-wrong-chat.json apikey-x-api-key-chat.json
+"""
 SETTINGS = {
     "plain": Setting(PLAIN, "--metrics --slots"),
     "fresh": Setting("slots-idle.json slots-idle-fail-on-no-slot.json metrics-idle.txt", "--metrics --slots"),
@@ -75,6 +81,7 @@ SETTINGS = {
         " embeddings-server-models.json embeddings-server-rerank.json",
         "--embeddings --pooling mean",
     ),
+    "key": Setting(KEY, "--metrics --slots", {"LLAMA_API_KEY": "sk-test-1"}),
     "reranking": Setting("rerank.json", "--reranking"),
 }
 CASES = [(name, capture) for name, setting in SETTINGS.items() for capture in setting.captures.split()]

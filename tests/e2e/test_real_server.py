@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conformance.servers import HOST, until
@@ -190,10 +191,27 @@ def test_a_plain_answer_is_the_servers_own(shared: Daemon, path: str, body: dict
     assert (through.status, settled(through.json())) == direct(shared, path, asked)
 
 
+def test_nobody_passes_by_the_daemon(shared: Daemon) -> None:
+    """The server wants a key that was made for this launch, which only its own user can read."""
+    (instance,) = shared.look()["instances"]
+    with contextlib.closing(http.client.HTTPConnection(HOST, instance["port"], timeout=60)) as connection:
+        connection.request("GET", "/slots")
+        assert connection.getresponse().status == 401
+    key = key_of(instance["pid"])
+    assert len(key) >= 32
+    assert key not in " ".join(psutil.Process(instance["pid"]).cmdline())
+    assert key not in shared.log + shared.request("GET", "/models").body.decode()
+
+
+def key_of(pid: int) -> str:
+    return psutil.Process(pid).environ()["LLAMA_API_KEY"]
+
+
 def direct(daemon: Daemon, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    port = daemon.look()["instances"][0]["port"]
-    with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=60)) as connection:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    (instance,) = daemon.look()["instances"]
+    with contextlib.closing(http.client.HTTPConnection(HOST, instance["port"], timeout=60)) as connection:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key_of(instance['pid'])}"}
+        connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
         return response.status, settled(json.loads(response.read()))
 

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -20,8 +21,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _JSON = "application/json; charset=utf-8"
 _LOADING = {"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}}
 _NOT_FOUND = {"error": {"message": "File Not Found", "type": "not_found_error", "code": 404}}
+_WRONG_KEY = {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}}
+_WITHOUT_KEY = {"/", "/health", "/v1/health", "/models", "/v1/models"}
 _WITHOUT_MAIN_LOOP = {"/", "/health", "/v1/health", "/models", "/v1/models"}
 """Paths that the HTTP threads answer by themselves, whatever the main loop does."""
+
+
+def _shown_key(request: web.Request) -> str:
+    bearer = request.headers.get("Authorization", "")
+    return bearer.removeprefix("Bearer ") if bearer.startswith("Bearer ") else request.headers.get("X-Api-Key", "")
 
 
 class Api:
@@ -30,6 +38,7 @@ class Api:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._routes: dict[tuple[str, str], Handler] = {}
+        self._key = os.environ.get("LLAMA_API_KEY", "")
         for method, paths, handler in self._table():
             for path in paths.split():
                 self._routes[method, path] = handler
@@ -74,6 +83,8 @@ class Api:
             return _preflight(request)
         method = "GET" if request.method == "HEAD" else request.method
         handler = self._routes.get((method, request.path))
+        if self._key and request.path not in _WITHOUT_KEY and _shown_key(request) != self._key:
+            return _unread(request, _WRONG_KEY, 401)
         if not self._engine.loaded and request.path != "/":
             return _unread(request, _LOADING, 503)
         if handler is None:
