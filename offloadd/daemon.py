@@ -24,6 +24,7 @@ from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models
 from offloadd.api.service import Service
 from offloadd.backends.base import Backend
+from offloadd.chronicle import Chronicle, registry_of
 from offloadd.clock import Clock, SystemClock
 from offloadd.config import render_json
 from offloadd.errors import PermanentError
@@ -31,7 +32,6 @@ from offloadd.events import EventKind, about
 from offloadd.observe.devices.amdgpu import AmdReader
 from offloadd.observe.devices.host import HostReader
 from offloadd.observe.devices.nvml import NvmlReader
-from offloadd.observe.learning import is_news, learned
 from offloadd.observe.probes import Prober
 from offloadd.observe.processes import holds_port
 from offloadd.observe.snapshot import Observer
@@ -40,8 +40,8 @@ from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.leases import Host, LeaseBook
+from offloadd.registry.content import content_of_model
 from offloadd.registry.readers import read_model
-from offloadd.registry.store import Registry
 from offloadd.runtime.executor import Executor
 from offloadd.runtime.instance import Tools
 from offloadd.runtime.launchers.local import LocalLauncher
@@ -54,7 +54,7 @@ from offloadd.state.actions import Decision, Plan
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
-from offloadd.state.launch import EngineApi, Footprint
+from offloadd.state.launch import EngineApi
 from offloadd.state.observed import InstanceState, ObservedState
 from offloadd.state.served import Served
 from offloadd.systemd import Manager
@@ -126,9 +126,8 @@ class Daemon:
         self._closing = False
         self._hurry = asyncio.Event()
         self._asked: asyncio.Task[Picture] | None = None
-        self._observer = Observer([HostReader(), NvmlReader(), AmdReader()], backends, read_model)
-        self._registry = Registry(data_dir / "registry.db")
-        self._saved: dict[str, Footprint] = {}
+        self._observer = Observer([HostReader(), NvmlReader(), AmdReader()], backends, read_model, content_of_model)
+        self._chronicle = Chronicle(registry_of(store.applied.desired.storage), clock)
         self._look_soon = asyncio.Event()
         self._begun = store.applied.desired
         self._launcher = LocalLauncher(data_dir)
@@ -150,8 +149,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         await self._clear_strays()
-        self._saved = await asyncio.to_thread(self._registry.footprints)
-        self._observer.know(self._saved)
+        await self._chronicle.recorder.start()
+        self._observer.know(self._chronicle.recorder.footprints)
         await self._look_ahead(self._store.applied.desired)
         self._store.follow(before=self._look_ahead, after=self._follow_config, around=self._service.reloading)
         async with self._serving(), asyncio.TaskGroup() as group:
@@ -161,6 +160,7 @@ class Daemon:
                 self._keep("the trimming of logs", self._trim_logs),
                 self._keep("the watch of the config", self._store.watch),
                 self._keep("the word to the service manager", self._service.attend),
+                self._keep("the writing of the registry", self._chronicle.attend),
             )
             tasks = [group.create_task(loop) for loop in loops]
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
@@ -171,7 +171,7 @@ class Daemon:
             await self._wind_down()
             for task in tasks:
                 task.cancel()
-        await asyncio.to_thread(self._registry.close)
+        await self._chronicle.close()
         _ignore_signals()
 
     def stop(self) -> None:
@@ -264,6 +264,7 @@ class Daemon:
     def _served(self, served: Served) -> None:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""
         self._meter.spend(caller(), (served.prompt_tokens or 0) + (served.completion_tokens or 0))
+        self._chronicle.recorder.served(served)
 
     def _runs(self, instance: InstanceId) -> bool:
         return instance in self._executor.alive()
@@ -326,21 +327,17 @@ class Daemon:
             await self._observer.refresh(self._desired, self._pids)
         self._observer.holdings.forget({*self._executor.views(), *self._loans.loans()})
         self._wake()
-        await self._learn(loaded & self._ready())
+        self._learn(loaded & self._ready())
 
     def _ready(self) -> set[InstanceId]:
         return {key for key, view in self._executor.views().items() if view.state is InstanceState.READY}
 
-    async def _learn(self, loaded: Container[InstanceId]) -> None:
+    def _learn(self, loaded: Container[InstanceId]) -> None:
         """Keep what instances that were `loaded` all through a reading were seen to take, for the next launch of the same kind."""
-        found = learned(view for key, view in self._observed().instances.items() if key in loaded)
-        fresh = {key: footprint for key, footprint in found.items() if is_news(footprint, self._saved.get(key))}
-        if not fresh:
-            return
-        written = await asyncio.to_thread(self._registry.learn, fresh, self._clock.wall())
-        if written:
-            self._saved.update(fresh)
-            self._observer.know(self._saved)
+        news = self._chronicle.learn(view for key, view in self._observed().instances.items() if key in loaded)
+        moved = self._chronicle.rename(offer for offers in self._observer.candidates.values() for offer in offers)
+        if news or moved:
+            self._observer.know(self._chronicle.recorder.footprints)
 
     async def _trim_logs(self) -> None:
         await asyncio.sleep(TRIM)
@@ -380,10 +377,19 @@ class Daemon:
 
     def _changed(self, instance: InstanceId) -> None:
         self._book.serve_all()
+        self._note(instance)
         ended = self._executor.get(instance)
         if ended is not None and ended.view().placement.gpus:
             self._look_soon.set()
         self._wake()
+
+    def _note(self, key: InstanceId) -> None:
+        """Tell the registry's history what an instance has come to."""
+        instance = self._executor.get(key)
+        if instance is not None:
+            view = replace(instance.view(), peak=self._observer.holdings.peak_of(key))
+            ends = self._executor.observed().exits.get(key.model, ())[-1:]
+            self._chronicle.note(view, instance.source_size, ends if view.state is InstanceState.EXITED else ())
 
     def _wake(self) -> None:
         self._reconciler.wake()
@@ -421,8 +427,7 @@ class Daemon:
 
     def _list_problems(self, wall: float) -> list[Problem]:
         found = {f"{what} {why}": "" for what, why in self._observer.problems.items()}
-        if self._registry.problem:
-            found[self._registry.problem] = "see that the disk has room and that the data folder is writable"
+        found.update(self._chronicle.problems)
         if self._reconciler.problem:
             found[f"the last reconcile cycle failed: {self._reconciler.problem}"] = "this is a bug: see the log"
         for name in changed_at_start(self._begun, self._store.applied.desired):

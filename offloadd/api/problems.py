@@ -50,3 +50,5 @@ def changed_at_start(begun: DesiredState, present: DesiredState) -> Iterable[str
         yield "server.listen"
     if begun.storage.data_dir != present.storage.data_dir:
         yield "storage.data_dir"
+    if begun.storage.registry != present.storage.registry:
+        yield "storage.registry"

@@ -181,6 +181,12 @@ def _url(text: str) -> str:
     return text
 
 
+def _registry(text: str) -> str:
+    if re.fullmatch(r"postgresql://[^\s#]+", text) is None:
+        raise refused("expected postgresql://user@host/name", "leave it out for a file in storage.data_dir")
+    return text
+
+
 def _unique(items: tuple[str, ...]) -> tuple[str, ...]:
     twice = next((item for index, item in enumerate(items) if item in items[:index]), None)
     if twice is not None:
@@ -281,6 +287,7 @@ Url = Annotated[Text, AfterValidator(_url)]
 Origins = Annotated[
     tuple[Annotated[str, AfterValidator(_origin)], ...], Strict(False), Field(max_length=_MAX_ITEMS), AfterValidator(_unique)
 ]
+RegistryUrl = Annotated[Text, AfterValidator(_registry)]
 
 
 def _same_both(value: object) -> object:

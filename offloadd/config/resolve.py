@@ -13,7 +13,7 @@ from offloadd.config.engines import Builtin, builtins, can_read, is_hub_id
 from offloadd.config.nodes import Node, Path, find
 from offloadd.config.notes import notes
 from offloadd.config.owned import owned_flag, owned_variable
-from offloadd.config.schema import BackendSection, BudgetSection, ConfigFile, GpuBudget, ModelSection, Section, Server
+from offloadd.config.schema import BackendSection, BudgetSection, ConfigFile, GpuBudget, ModelSection, Section, Server, Storage
 from offloadd.config.sections import to_options
 from offloadd.state.desired import (
     BackendKind,
@@ -49,7 +49,7 @@ def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tu
     named = {name for spec in models.values() for name in spec.backends}
     state = DesiredState(
         server=_server(decoded.config.server),
-        storage=StorageSpec(data_dir=decoded.config.storage.data_dir, models_path=decoded.config.storage.models_path),
+        storage=_storage(decoded.config.storage),
         budget=_budget(decoded.config.budget),
         engines=_engines(scope, named),
         models=models,
@@ -59,6 +59,10 @@ def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tu
 
 def _server(section: Server) -> ServerSpec:
     return ServerSpec(listen=section.listen, allowed_hosts=section.allowed_hosts, access=access(section))
+
+
+def _storage(section: Storage) -> StorageSpec:
+    return StorageSpec(data_dir=section.data_dir, models_path=section.models_path, registry=section.registry or "")
 
 
 @dataclass(slots=True)

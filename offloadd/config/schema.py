@@ -113,6 +113,8 @@ class Storage(Section):
     """The daemon's own data."""
     models_path: fields.Paths = _STORAGE.models_path
     """Where a model's `source` is looked for, in this order."""
+    registry: fields.RegistryUrl | None = None
+    """`postgresql://user:${file:/path}@host/name` for a registry that several daemons share; default: a file in `data_dir`."""
 
 
 class HostBudget(Section):

@@ -19,6 +19,9 @@ _OWN_WORDS = frozenset(("port", "source", "model"))
 _SECRET_NAME = re.compile(r"(?i)(?:^|[_-])(?:key|token|secret|passw(?:or)?d)$")
 _SECRET_FLAG = re.compile(r"(?i)(--?(?:[a-z0-9_-]*[_-])?(?:key|token|secret|passw(?:or)?d))(=.*)?", re.DOTALL)
 
+_URL_SECRET = re.compile(r"(?<=://)([^/?#@\s:]*:)([^/?#\s]+)(?=@)|(?<=[?&])((?:ssl)?password=)([^&#\s]+)", re.IGNORECASE)
+"""The password in a URL, as it may stand in any value."""
+
 
 class Secrets(Protocol):
     """Where `${…}` looks things up."""
@@ -47,9 +50,21 @@ def is_secret_name(name: object) -> bool:
 
 def is_literal_secret(name: object, value: Scalar) -> bool:
     """Whether a value holds a secret itself rather than saying where it is."""
+    if isinstance(value, str) and hide_in_url(value) != value:
+        return True
     if value is None or isinstance(value, bool) or not is_secret_name(name):
         return False
     return _ONLY_REFERENCES.fullmatch(str(value)) is None
+
+
+def hide_in_url(text: str) -> str:
+    """The text with literal passwords of URLs in it replaced; references stay, since they hold nothing."""
+
+    def hide(found: re.Match[str]) -> str:
+        before, secret = (found[1], found[2]) if found[2] is not None else (found[3], found[4])
+        return found[0] if _ONLY_REFERENCES.fullmatch(secret) else f"{before}{HIDDEN}"
+
+    return _URL_SECRET.sub(hide, text) if "://" in text else text
 
 
 def secret_nodes(node: Node, name: object = None) -> Iterator[Node]:
@@ -76,6 +91,8 @@ def shown(node: Node, name: object = None) -> Any:
     if isinstance(value, list):
         items = [shown(item, name) for item in value]
         return [_shown_argument(item, items[index - 1] if index else None) for index, item in enumerate(items)]
+    if isinstance(value, str) and not is_secret_name(name):
+        return hide_in_url(value)
     return HIDDEN if is_literal_secret(name, value) else value
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from offloadd.backends.base import Backend, fingerprint
 from offloadd.state.desired import Engine, ModelSpec
+from offloadd.state.ids import ModelName
 from offloadd.state.launch import Candidate, Footprint, ModelFacts, VramEstimate
 from offloadd.state.observed import EngineView
 from offloadd.units import Bytes, format_bytes
@@ -19,16 +20,39 @@ def make_offer(
     """The candidate: its fingerprint, and its need as learned, else as estimated; `vram` in the config wins over both."""
     mark = fingerprint(backend, engine, spec, facts)
     estimate = backend.estimate(spec, facts)
-    key = footprint_key(facts, mark, view.version)
-    known = footprints.get(key)
+    key, former = footprint_key(backend, engine, view.version, spec, facts), _former_key(facts, mark, view.version)
+    known = footprints.get(key) or footprints.get(former)
     if known is not None and spec.vram == "auto":
         estimate = as_learned(estimate, known.peak)
-    return Candidate(backend=engine.name, facts=facts, fingerprint=mark, estimate=estimate, gpus=view.gpus, footprint_key=key)
+    return Candidate(
+        backend=engine.name,
+        facts=facts,
+        fingerprint=mark,
+        estimate=estimate,
+        gpus=view.gpus,
+        footprint_key=key,
+        former_key=former if former in footprints else "",
+    )
 
 
-def footprint_key(facts: ModelFacts, mark: str, version: str) -> str:
-    """The file's identity, the engine's version and the launch: what a measured peak on a GPU depends on."""
-    return hashlib.sha256("\0".join((facts.identity, version, mark)).encode()).hexdigest()[:32]
+def footprint_key(backend: Backend, engine: Engine, version: str, spec: ModelSpec, facts: ModelFacts) -> str:
+    """What a measured peak on a GPU depends on: the content of all files, the engine's version and the launch.
+
+    Not where the files lie nor what the model is called: whoever renames a file need not have its memory learned again.
+    """
+    nameless = replace(facts, path="", companions={name: replace(each, path="") for name, each in facts.companions.items()})
+    mark = fingerprint(backend, engine, replace(spec, name=ModelName("")), nameless)
+    contents = (each.content or each.identity for each in (facts, *facts.companions.values()))
+    return _hashed(*contents, version, mark)
+
+
+def _former_key(facts: ModelFacts, mark: str, version: str) -> str:
+    """The key before content was looked into."""
+    return _hashed(facts.identity, version, mark)
+
+
+def _hashed(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def as_learned(estimate: VramEstimate, peak: Bytes) -> VramEstimate:

@@ -32,12 +32,16 @@ class Observer:
     """Keeps the latest readings. A reading that fails or is late leaves its device out, which the planner takes as unknown."""
 
     def __init__(
-        self, readers: Sequence[DeviceReader], backends: Mapping[str, Backend], read_shape: Callable[[Path], ModelShape]
+        self,
+        readers: Sequence[DeviceReader],
+        backends: Mapping[str, Backend],
+        read_shape: Callable[[Path], ModelShape],
+        read_content: Callable[[Path], str],
     ) -> None:
         self._readers = readers
         self._backends = backends
         self._finder = EngineFinder(backends)
-        self._sources = Sources(read_shape)
+        self._sources = Sources(read_shape, read_content)
         self._busy: set[str] = set()
         self._late: dict[str, str] = {}
         self._facts: dict[str, ModelFacts] = {}

@@ -21,20 +21,31 @@ _MAX_SHARDS = 999
 class Sources:
     """Facts of sources; a header is read again only when its file may have changed."""
 
-    def __init__(self, read_shape: Callable[[Path], ModelShape]) -> None:
+    def __init__(self, read_shape: Callable[[Path], ModelShape], read_content: Callable[[Path], str]) -> None:
         self._read_shape = read_shape
+        self._read_content = read_content
         self._shapes: dict[str, ModelShape | str] = {}
+        self._contents: dict[str, str] = {}
 
     def read(self, sources: Sequence[str], models_path: Sequence[str]) -> dict[str, ModelFacts]:
         """Facts of every source."""
         found = {source: read_facts(source, models_path) for source in sources}
         present = {facts.identity for facts in found.values()}
         self._shapes = {identity: shape for identity, shape in self._shapes.items() if identity in present}
-        return {source: self._with_shape(facts) for source, facts in found.items()}
+        self._contents = {identity: content for identity, content in self._contents.items() if identity in present}
+        return {source: self._look_into(facts) for source, facts in found.items()}
 
-    def _with_shape(self, facts: ModelFacts) -> ModelFacts:
+    def _look_into(self, facts: ModelFacts) -> ModelFacts:
         if facts.problem or not facts.identity:
             return facts
+        if facts.identity not in self._contents:
+            try:
+                self._contents[facts.identity] = self._read_content(Path(facts.path))
+            except OSError:
+                return facts  # it changes in this moment: the next look tells
+        return self._with_shape(replace(facts, content=self._contents[facts.identity]))
+
+    def _with_shape(self, facts: ModelFacts) -> ModelFacts:
         if facts.identity not in self._shapes:
             try:
                 self._shapes[facts.identity] = self._read_shape(Path(facts.path))

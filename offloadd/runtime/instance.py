@@ -20,7 +20,7 @@ from offloadd.state.desired import Engine
 from offloadd.state.ids import InstanceId
 from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, Probe, ProbeReply
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView
-from offloadd.units import Instant, Seconds, format_seconds
+from offloadd.units import Bytes, Instant, Seconds, format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,11 @@ class Instance:
             pid=self._process.pid if self._process else None,
             endpoint=self._endpoint,
         )
+
+    @property
+    def source_size(self) -> Bytes | None:
+        """Of the model's files, as they were at its start."""
+        return self._action.candidate.facts.size
 
     def sign(self) -> None:
         """It did some work just now: bytes came from it, or a probe of its working loop was answered."""

@@ -180,6 +180,8 @@ class StorageSpec:
 
     data_dir: str = "/var/lib/ml-offload"
     models_path: tuple[str, ...] = ("/var/lib/ml-models",)
+    registry: str = field(default="", repr=False)
+    """`postgresql://…` of a registry that several daemons share, password included; empty for a file in `data_dir`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,12 +157,15 @@ class ExitCause:
 class ModelFacts:
     """What is known of the files that an engine would load, read from disk.
 
-    `identity` changes when the content may have changed. `problem` says why it cannot be loaded, and `hint` what to do.
+    `identity` changes when the content may have changed, also when the file was only moved elsewhere; `content` is the same for the
+    same content, wherever it lies. `problem` says why it cannot be loaded, and `hint` what to do.
     """
 
     path: str = ""
     size: Bytes | None = None
     identity: str = ""
+    content: str = ""
+    """Empty when it was not looked into, or could not be."""
     shape: ModelShape | None = None
     """What the file's header says; None when it was not read or could not be."""
     companions: Mapping[str, ModelFacts] = field(default_factory=dict)
@@ -222,5 +225,7 @@ class Candidate:
     """Kinds of GPUs that the engine can use; None when that is not known, and then any."""
     footprint_key: str = ""
     """Under which the registry keeps what such a launch was measured to take."""
+    former_key: str = ""
+    """Under which an older offloadd kept it, and where it was found; empty when it was not."""
     problem: str = ""
     hint: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from tests.unit.plan.build import gib
 
 ENGINE = Engine(name=BackendName("llamacpp"), adapter="llamacpp", command=("llama-server",))
 SPEC = ModelSpec(name=ModelName("a"), source="a.gguf", backends=(ENGINE.name,))
-FACTS = ModelFacts(path="/m/a.gguf", size=gib(4), identity="1:2:3")
+FACTS = ModelFacts(path="/m/a.gguf", size=gib(4), identity="1:2:3", content="abc")
 SEEN = EngineView(name=ENGINE.name, version="b1", gpus=frozenset({DeviceKind.NVIDIA}))
 
 
@@ -60,7 +61,9 @@ def test_what_the_config_says_wins_over_both() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"facts": replace(FACTS, identity="1:2:4")},
+        {"facts": replace(FACTS, content="abd")},
+        {"facts": replace(FACTS, content="", identity="1:2:4")},
+        {"facts": replace(FACTS, companions={"p": ModelFacts(path="/m/p.gguf", content="p")})},
         {"seen": replace(SEEN, version="b2")},
         {"spec": replace(SPEC, context=SPEC.context * 2)},
         {"spec": replace(SPEC, parallel=SPEC.parallel + 1)},
@@ -74,6 +77,25 @@ def test_another_file_engine_or_launch_has_taught_nothing(other: dict[str, objec
     assert found.footprint_key != key
     assert found.estimate is not None
     assert not found.estimate.learned
+
+
+def test_a_renamed_or_copied_file_and_a_model_of_another_name_know_what_was_learned() -> None:
+    beside = {"p": ModelFacts(path="/m/p.gguf", content="p")}
+    before = replace(FACTS, companions=beside)
+    key = offer(facts=before).footprint_key
+    after = replace(before, path="/n/b.gguf", identity="9:9:9", companions={"p": replace(beside["p"], path="/n/p.gguf")})
+    found = offer({key: footprint(gib(5))}, facts=after, spec=replace(SPEC, name=ModelName("b"), source="b.gguf"))
+    assert found.estimate is not None
+    assert found.estimate.learned
+    assert found.fingerprint != offer(facts=before).fingerprint  # it is started otherwise all the same
+
+
+def test_what_was_kept_under_the_key_of_an_older_offloadd_is_found_and_told() -> None:
+    old = hashlib.sha256(f"1:2:3\0b1\0{offer().fingerprint}".encode()).hexdigest()[:32]
+    found = offer({old: footprint(gib(5))})
+    assert found.estimate is not None
+    assert (found.estimate.learned, found.former_key) == (True, old)
+    assert offer().former_key == ""
 
 
 def test_parts_sum_to_what_was_measured() -> None:

@@ -54,7 +54,9 @@ def cards() -> Reader:
 @pytest.fixture
 def observer(cards: Reader, monkeypatch: pytest.MonkeyPatch) -> Observer:
     monkeypatch.setattr(snapshot, "READ_TIMEOUT", Seconds(0.2))
-    return Observer([Reader("host", ram()), cards], {"llamacpp": BACKEND}, lambda path: ModelShape(architecture="llama"))
+    return Observer(
+        [Reader("host", ram()), cards], {"llamacpp": BACKEND}, lambda path: ModelShape(architecture="llama"), lambda path: path.name
+    )
 
 
 def desired(folder: Path, **models: dict[str, object]) -> DesiredState:

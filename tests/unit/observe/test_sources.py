@@ -93,12 +93,13 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, make: object, said: str) 
 def test_a_header_is_read_again_only_when_the_file_is_another(tmp_path: Path) -> None:
     put(tmp_path, "a.gguf", "b.gguf")
     reader = Reader()
-    sources = Sources(reader)
+    sources = Sources(reader, lambda path: f"content of {path.name}")
     for _ in range(3):
         found = sources.read(["a.gguf", "b.gguf", "missing.gguf"], [str(tmp_path)])
     assert reader.read == ["a.gguf", "b.gguf"]
     assert found["a.gguf"].shape == ModelShape(architecture="llama", name="a.gguf")
-    assert found["missing.gguf"].shape is None
+    assert found["a.gguf"].content == "content of a.gguf"
+    assert (found["missing.gguf"].shape, found["missing.gguf"].content) == (None, "")
     os.utime(tmp_path / "a.gguf", ns=(1, 1))
     sources.read(["a.gguf"], [str(tmp_path)])
     sources.read(["a.gguf", "b.gguf"], [str(tmp_path)])  # nobody named b in between, so it was forgotten
@@ -109,7 +110,7 @@ def test_a_header_that_cannot_be_read_is_left_to_the_engine(tmp_path: Path) -> N
     put(tmp_path, "a.gguf")
     reader = Reader()
     reader.fails = True
-    sources = Sources(reader)
+    sources = Sources(reader, lambda path: f"content of {path.name}")
     for _ in range(2):
         facts = sources.read(["a.gguf"], [str(tmp_path)])["a.gguf"]
         assert (facts.problem, facts.size, facts.shape) == ("", 10, None)
