@@ -38,7 +38,9 @@ from offloadd.observe.snapshot import Observer
 from offloadd.proxy import upstream
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects.refusals import shaped
+from offloadd.proxy.endpoints import Endpoints
 from offloadd.proxy.gateway import Gateway
+from offloadd.proxy.keeping import KeepBook
 from offloadd.proxy.leases import Host, LeaseBook
 from offloadd.registry.content import content_of_model
 from offloadd.registry.readers import read_model
@@ -55,7 +57,7 @@ from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import EngineApi
-from offloadd.state.observed import InstanceState, ObservedState
+from offloadd.state.observed import LEAVING, InstanceState, ObservedState
 from offloadd.state.served import Served
 from offloadd.systemd import Manager
 from offloadd.units import Seconds
@@ -133,6 +135,7 @@ class Daemon:
         self._launcher = LocalLauncher(data_dir)
         self._logs = LogFolder(data_dir / "logs")
         self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake)
+        self._keeping = KeepBook()
         self._loans = LoanBook(clock=clock, wake=self._wake, measured=self._observer.holdings.of)
         self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools(), self._loans.grant)
         self._reconciler = Reconciler(
@@ -246,9 +249,11 @@ class Daemon:
         )
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
+        endpoints = Endpoints(gateway, api_of=self._api, look=self.look, keep=self._keep_loaded)
         door = Door(access=lambda: self._store.applied.desired.server.access, allowed_hosts=self._allowed_hosts, meter=self._meter)
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
-        app = build_app(self, [*gateway.routes(), borrow, logs], gateway.find, door, accounts.close, shaped)
+        routes = [*gateway.routes(), *endpoints.routes(), borrow, logs]
+        app = build_app(self, routes, gateway.find, door, accounts.close, shaped)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
@@ -355,7 +360,9 @@ class Daemon:
 
     def _desired(self) -> DesiredState:
         applied = self._store.applied.desired
-        return replace(applied, models={}, closing=True) if self._closing else applied
+        if self._closing:
+            return replace(applied, models={}, closing=True)
+        return self._keeping.applied_to(applied, self._executor.views())
 
     def _observed(self) -> ObservedState:
         return self._observer.snapshot(self._executor.observed())
@@ -410,6 +417,12 @@ class Daemon:
                     )
                 )
         return found
+
+    def _keep_loaded(self, model: ModelName, stay: Seconds) -> None:
+        """A client's wish for how long the model's present instances stay after its last request."""
+        live = [key for key, view in self._executor.views().items() if key.model == model and view.state not in LEAVING]
+        self._keeping.wish(model, stay, live)
+        self._wake()
 
     def _api(self, spec: ModelSpec, name: BackendName) -> EngineApi:
         """What the engine speaks for this model; no more than the usual where its adapter is not known any more."""

@@ -51,11 +51,14 @@ class RequestError(OffloaddError):
         self.param = param
         self.more = more or {}
         """Numbers that a program may want, beside the sentence."""
+        self.origin: Mapping[str, str] = {}
+        """Headers that say which instance refused, when one did."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After` in whole seconds, at least one, where it applies."""
-        return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+        """Its origin, and `Retry-After` in whole seconds, at least one, where it applies."""
+        wait = {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
+        return {**self.origin, **wait}
 
     @property
     def body(self) -> dict[str, object]:

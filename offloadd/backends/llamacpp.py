@@ -284,7 +284,8 @@ class LlamaCpp:
         # Its own arguments may switch on what the options do not; then it is asked, and refuses by itself.
         by_hand = bool(spec.args)
         found = {path for path, (on, _) in switched.items() if on or by_hand}
-        return EngineApi(paths=_ALWAYS | found, hints={path: how for path, (_, how) in switched.items()})
+        hints = {path: how for path, (_, how) in switched.items()}
+        return EngineApi(paths=_ALWAYS | found, hints=hints, images=bool(options.mmproj))
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """Every failed start is exit 1: only the text tells them apart."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -111,16 +111,17 @@ class Gateway:
 
     async def converse(self, request: web.Request, lease: Lease, translation: Translation, *, stream: bool) -> web.StreamResponse:
         """A translated request on a leased instance. Its answer is fetched as a stream, which ends when the client leaves."""
-        call = self._call(request, lease, translation.path, msgspec.json.encode(translation.body))
+        call = _json(self._call(request, lease, translation.path, msgspec.json.encode(translation.body)))
         if stream:
-            return await self._stream(request, lease, call, translation.change())
+            return await self._stream(request, lease, call, translation.change(), translation.headers)
         gathering = translation.gather()
         await relay.until_revoked(lease, self._gather(lease, call, gathering))
-        return web.json_response(body=msgspec.json.encode(translation.whole(gathering.answer())), headers=self._origin(lease))
+        answer = msgspec.json.encode(translation.whole(gathering.answer()))
+        return web.json_response(body=answer, headers={**self._origin(lease), **translation.headers})
 
     async def ask(self, request: web.Request, lease: Lease, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A small question that an engine answers at once; RequestError when it refuses."""
-        call = self._call(request, lease, path, msgspec.json.encode(body))
+        call = _json(self._call(request, lease, path, msgspec.json.encode(body)))
         return sse.decode((await relay.until_revoked(lease, self._read(lease, call))).body)
 
     @asynccontextmanager
@@ -143,10 +144,17 @@ class Gateway:
             return await self._stream(request, held.lease, call)
 
     async def _stream(
-        self, request: web.Request, lease: Lease, call: relay.Call, change: Change | None = None
+        self,
+        request: web.Request,
+        lease: Lease,
+        call: relay.Call,
+        change: Change | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
         call.account.streamed = not call.by_path
-        stream = relay.Stream(request, self._origin(lease), change)
+        origin = self._origin(lease)
+        origin.update(headers or {})
+        stream = relay.Stream(request, origin, change)
         try:
             await relay.until_revoked(lease, self._copy(stream, lease, call))
         except RequestError as error:
@@ -162,7 +170,9 @@ class Gateway:
         """Raise what the engine's refusal means. What was asked for by path is that server's own business."""
         if response.status >= 400 and not call.by_path:
             answer = await relay.read_whole(lease, call, response)
-            raise engine_error(answer.status, answer.body, call.path, response.headers.get("Retry-After", ""))
+            error = engine_error(answer.status, answer.body, call.path, response.headers.get("Retry-After", ""))
+            error.origin = self._origin(lease)
+            raise error
 
     async def _whole(self, request: web.Request, held: _Held, path: str, body: bytes) -> web.StreamResponse:
         """An answer that is not a stream. See `dialects/openai.py` for why it may be fetched as one."""
@@ -192,7 +202,9 @@ class Gateway:
                 for payload in reader.feed(chunk):
                     gathering.add(sse.decode(payload))
         if gathering.error is not None:
-            raise event_error(gathering.error)
+            error = event_error(gathering.error)
+            error.origin = self._origin(lease)
+            raise error
         if not gathering.complete:
             raise aiohttp.ClientPayloadError("its answer broke off")
 
@@ -255,6 +267,12 @@ class _Held:
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.kept = False
+
+
+def _json(call: relay.Call) -> relay.Call:
+    """A call whose body is JSON, whatever the client said of its own: some engines refuse it by the wrong type."""
+    call.headers["Content-Type"] = "application/json"
+    return call
 
 
 def _respond(answer: relay.Answer, origin: CIMultiDict[str]) -> web.Response:

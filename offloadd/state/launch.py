@@ -96,6 +96,8 @@ class EngineApi:
     """How to have it answer a path that it could: what to write in the config."""
     model: str = ""
     """The name that requests must give it; empty when it does not look at it."""
+    images: bool = False
+    """Whether it sees pictures."""
     exact: bool = True
     """Whether its OpenAI streams may reach clients as they are: names, ids and endings are OpenAI's, for certain."""
 

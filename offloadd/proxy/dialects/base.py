@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from offloadd.errors import RequestError
@@ -63,3 +63,5 @@ class Translation:
     """For one that does not."""
     whole: Callable[[Object], Object] = lambda answer: answer
     """The gathered answer in the client's words."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """To be added to the answer's."""

@@ -134,6 +134,12 @@ def embed(fields: Object) -> tuple[EmbedRequest, Object]:
     return asked, {"input": wanted, "encoding_format": "float", **dimensions}
 
 
+def show(fields: Object) -> str:
+    """The model that `POST /api/show` asks about."""
+    asked = decode(fields, ShowRequest)
+    return asked.model or asked.name or ""
+
+
 # --- options ---
 
 _RENAMED = {"num_predict": "max_tokens", "repeat_penalty": "repeat_penalty"}
