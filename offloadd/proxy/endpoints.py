@@ -14,6 +14,7 @@ from aiohttp import web
 from offloadd import __version__
 from offloadd.errors import RequestError
 from offloadd.proxy import routing, speech
+from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects import anthropic, anthropic_answers, ollama, ollama_answers, ollama_shelf, openai, turns
 from offloadd.proxy.dialects.base import Translation
 from offloadd.proxy.dialects.ollama_answers import Times
@@ -36,14 +37,25 @@ _NOT_OURS = ("/api/pull", "/api/push", "/api/create", "/api/copy")
 class Endpoints:
     """Handlers of the translated dialects. `look` is one reading of everything, for the lists of models."""
 
-    def __init__(self, gateway: Gateway, *, api_of: speech.ApiOf, look: Callable[[], ollama_shelf.Sight], keep: Keep) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        *,
+        accounts: Accounts,
+        api_of: speech.ApiOf,
+        look: Callable[[], ollama_shelf.Sight],
+        keep: Keep,
+    ) -> None:
         self._gateway = gateway
+        self._accounts = accounts
         self._api_of = api_of
         self._look = look
         self._keep = keep
 
     def routes(self) -> list[web.RouteDef]:
         """Anthropic's and Ollama's paths."""
+        self._accounts.know("anthropic", anthropic.MESSAGES, anthropic.COUNT_TOKENS)
+        self._accounts.know("ollama", "/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
         return [
             web.post(anthropic.MESSAGES, self.messages),
             web.post(anthropic.COUNT_TOKENS, self.count_tokens),
