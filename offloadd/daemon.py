@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp import http_parser, web
 
 from offloadd import __version__
-from offloadd.api.app import Door, build_app, request_id
+from offloadd.api.app import Door, as_seen, build_app, request_id
 from offloadd.api.borrow import borrow_route
 from offloadd.api.caller import caller
 from offloadd.api.limits import KeyMeter
@@ -249,7 +249,9 @@ class Daemon:
         )
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
-        endpoints = Endpoints(gateway, accounts=accounts, api_of=self._api, look=self.look, keep=self._keep_loaded)
+        endpoints = Endpoints(
+            gateway, accounts=accounts, api_of=self._api, look=lambda: as_seen(self.look()), keep=self._keep_loaded
+        )
         door = Door(access=lambda: self._store.applied.desired.server.access, allowed_hosts=self._allowed_hosts, meter=self._meter)
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
         routes = [*gateway.routes(), *endpoints.routes(), borrow, logs]

@@ -81,7 +81,7 @@ def request_id(request: web.Request) -> str:
 def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[web.RouteDef]:
     def show(view: Callable[[Picture], Any]) -> Handler:
         async def handler(_: web.Request) -> web.Response:
-            return web.json_response(view(_as_seen(control.look())))
+            return web.json_response(view(as_seen(control.look())))
 
         return handler
 
@@ -123,7 +123,7 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
     ]
 
 
-def _as_seen(picture: Picture) -> Picture:
+def as_seen(picture: Picture) -> Picture:
     """The picture with the models that the caller may use."""
     present = caller()
     if "*" in present.models:

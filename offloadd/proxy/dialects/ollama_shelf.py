@@ -57,7 +57,8 @@ def tags(sight: Sight) -> Object:
 
 def running(sight: Sight) -> Object:
     """`GET /api/ps`: one entry for each loaded instance."""
-    views = [view for view in sight.observed.instances.values() if view.state is InstanceState.READY]
+    ready = [view for view in sight.observed.instances.values() if view.state is InstanceState.READY]
+    views = [view for view in ready if view.model in sight.desired.models]
     return {"models": [_loaded(sight, view) for view in views]}
 
 
