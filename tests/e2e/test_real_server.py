@@ -175,8 +175,6 @@ WEATHER = {
         (CHAT, {**GRAVITY, "max_tokens": 0}),
         (CHAT, {**GRAVITY, "timings_per_token": True}),
         (CHAT, {**GRAVITY, "stream": None, "stream_options": None}),
-        (CHAT, {"messages": [{"role": "user", "content": "x " * 2000}]}),
-        (CHAT, {}),
         ("/v1/completions", SKY),
         ("/v1/completions", {**SKY, "logprobs": 2}),
         ("/v1/completions", {**SKY, "echo": True}),
@@ -189,6 +187,17 @@ def test_a_plain_answer_is_the_servers_own(shared: Daemon, path: str, body: dict
     asked = {"model": "a", "temperature": 0, "seed": 1, "cache_prompt": False, "max_tokens": 12, **body}
     through = shared.post(path, asked)
     assert (through.status, settled(through.json())) == direct(shared, path, asked)
+
+
+@pytest.mark.parametrize("body", [{"messages": [{"role": "user", "content": "x " * 2000}]}, {}])
+def test_a_refusal_keeps_the_servers_words(shared: Daemon, body: dict[str, Any]) -> None:
+    """In OpenAI's shape, in which the server leaves out a part."""
+    through = shared.post(CHAT, {"model": "a", **body})
+    status, said = direct(shared, CHAT, body)
+    error = through.json()["error"]
+    assert (through.status, error["message"]) == (status, said["error"]["message"])
+    assert set(error) >= {"message", "type", "code", "param"}
+    assert through.headers["X-Offloadd-Instance"] == "a-1"
 
 
 def test_nobody_passes_by_the_daemon(shared: Daemon) -> None:
