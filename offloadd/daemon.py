@@ -155,7 +155,7 @@ class Daemon:
         await self._chronicle.recorder.start()
         self._observer.know(self._chronicle.recorder.footprints)
         await self._look_ahead(self._store.applied.desired)
-        self._store.follow(before=self._look_ahead, after=self._follow_config, around=self._service.reloading)
+        self._store.follow(before=self._before_config, after=self._follow_config, around=self._service.reloading)
         async with self._serving(), asyncio.TaskGroup() as group:
             loops = (
                 self._reconciler.run(),
@@ -261,6 +261,7 @@ class Daemon:
         await runner.setup()
         try:
             self._listeners = await open_listeners(server.listen, self._manager)
+            self._listeners.check(server)
             await self._listeners.serve(runner)
             yield
         finally:
@@ -353,6 +354,11 @@ class Daemon:
     async def _look_ahead(self, desired: DesiredState) -> None:
         """Read the files and engines that a new config names, so that the first plan for it knows them."""
         await self._observer.refresh(lambda: desired, self._pids)
+
+    async def _before_config(self, desired: DesiredState) -> None:
+        """PermanentError when a config that is good by itself is not for the sockets that systemd gave us."""
+        self._listeners.check(desired.server)
+        await self._look_ahead(desired)
 
     def _follow_config(self) -> None:
         models = self._store.applied.desired.models

@@ -16,6 +16,7 @@ from aiohttp import web
 from offloadd.config.listen import TcpAddress, parse_listen
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
+from offloadd.state.desired import ServerSpec
 from offloadd.systemd import Manager, Received, listens, name_of
 
 UNIX = "unix:"
@@ -51,6 +52,16 @@ class Listeners:
         """Where it listens."""
         return tuple(dict.fromkeys(listener.address for listener in self.all))
 
+    def check(self, server: ServerSpec) -> None:
+        """PermanentError if a socket unit opens to a network what no key guards. The addresses of the config are checked there."""
+        for one in self.all:
+            parsed = None if not self.activated or one.address.startswith(UNIX) else parse_listen(one.address)
+            if isinstance(parsed, TcpAddress) and not parsed.is_loopback and not server.guarded:
+                message = f"the socket unit opens {one.address} to the network, and there are no keys"
+                raise PermanentError(
+                    message, hint="add keys under server.auth.keys, or write ListenStream=127.0.0.1:9000 in the unit"
+                )
+
     async def serve(self, runner: web.AppRunner) -> None:
         """Begin to accept."""
         for listener in self.all:
@@ -84,7 +95,8 @@ async def open_listeners(addresses: Iterable[str], manager: Manager) -> Listener
     kept = [one for one in received if one not in given and _reachable(wanted.get(one.name))]
     _drop([one for one in received if one not in given and one not in kept], manager)
     if given:
-        return _activated(given)
+        sockets = [socket.socket(fileno=one.fd) for one in given]
+        return Listeners([Listener(name_of(sock), sock, kept=True) for sock in sockets], activated=True)
     found: list[Listener] = []
     try:
         for name, address in wanted.items():
@@ -96,19 +108,6 @@ async def open_listeners(addresses: Iterable[str], manager: Manager) -> Listener
         Listeners(found, activated=False).close()
         raise
     return Listeners(found, activated=False)
-
-
-def _activated(given: Sequence[Received]) -> Listeners:
-    """Sockets of socket units. They obey the rule of the config's addresses: nothing beyond loopback until keys are enforced."""
-    sockets = [socket.socket(fileno=one.fd) for one in given]
-    listeners = Listeners([Listener(name_of(sock), sock, kept=True) for sock in sockets], activated=True)
-    for one in listeners.all:
-        parsed = parse_listen(one.address) if one.socket.family != socket.AF_UNIX else None
-        if isinstance(parsed, TcpAddress) and not parsed.is_loopback:
-            listeners.close()
-            message = f"the socket unit's address {one.address} is open to others: keys are not enforced in this version"
-            raise PermanentError(message, hint="write ListenStream=127.0.0.1:9000 in the .socket unit, and publish it by a proxy")
-    return listeners
 
 
 async def _bind(address: str) -> list[socket.socket]:

@@ -58,7 +58,7 @@ def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tu
 
 
 def _server(section: Server) -> ServerSpec:
-    return ServerSpec(listen=section.listen, allowed_hosts=section.allowed_hosts, access=access(section))
+    return ServerSpec(listen=section.listen, allowed_hosts=section.allowed_hosts, access=access(section), insecure=section.insecure)
 
 
 def _storage(section: Storage) -> StorageSpec:

@@ -88,6 +88,7 @@ class ConfigStore:
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """`before` is awaited with a good config ahead of each swap, to look at what it names; `after` is called right after it.
+        With a PermanentError `before` refuses it.
 
         `around` is entered when a reload begins and left when its outcome is known, good or bad.
         """
@@ -152,7 +153,10 @@ class ConfigStore:
             return self._refused(Attempt(wall=self._clock.wall(), loaded=loaded), why)
         desired = replace(loaded.desired, generation=self.applied.desired.generation + 1)
         if self._before is not None:
-            await self._before(desired)
+            try:
+                await self._before(desired)
+            except PermanentError as error:
+                return self._refused(Attempt(wall=self._clock.wall(), message=f"{error.message}: {error.hint}"), why)
         self.applied = Applied(desired=desired, shown=loaded.shown, wall=self._clock.wall())
         if self._after is not None:
             self._after()

@@ -172,6 +172,13 @@ class ServerSpec:
     allowed_hosts: tuple[str, ...] = ()
     on_stop: OnStop = OnStop.STOP
     access: Access = field(default_factory=Access)
+    insecure: bool = False
+    """Whether addresses that a network reaches may do without keys."""
+
+    @property
+    def guarded(self) -> bool:
+        """Whether addresses that a network reaches are all right."""
+        return bool(self.access.keys) or self.insecure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

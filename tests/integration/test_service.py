@@ -212,3 +212,25 @@ def test_nobody_is_refused_while_the_service_restarts_again_and_again(manager: S
         daemon.close()
     finally:
         daemon.discard()
+
+
+def test_a_socket_unit_that_a_network_reaches_needs_keys_at_the_start_and_at_each_reload(manager: ServiceManager) -> None:
+    port = manager.listen(("0.0.0.0", 0))[1]
+    bare = begin(manager, {}, port)
+    try:
+        assert bare.exit() == 1
+        assert "the socket unit opens 0.0.0.0:" in bare.log
+    finally:
+        bare.discard()
+    keys = {"auth": {"keys": [{"name": "ops", "key": "k" * 32, "scopes": ["admin"]}]}}
+    bare.write({}, server={**bare.base["server"], **keys})
+    daemon = begin(manager, {}, port)
+    try:
+        manager.wait_word("READY")
+        daemon.write({})
+        manager.wait_for(
+            lambda m: "READY" in m and m["STATUS"].startswith("config refused: the socket unit opens 0.0.0.0:"), "the refusal"
+        )
+        daemon.close()
+    finally:
+        daemon.discard()

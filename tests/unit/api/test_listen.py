@@ -16,6 +16,7 @@ from offloadd.api.guard import check_host
 from offloadd.api.listen import KEPT, allowed_hosts, open_listeners
 from offloadd.api.problems import Problems, changed_at_start
 from offloadd.errors import PermanentError, RequestError
+from offloadd.state.access import Access, ApiKey
 from offloadd.state.desired import DesiredState, ServerSpec, StorageSpec
 from offloadd.systemd import Manager, Received
 from tests.fakes.systemd import ServiceManager
@@ -97,12 +98,15 @@ async def test_sockets_of_units_win_and_kept_ones_are_dropped(tmp_path: Path) ->
         listeners.close()
 
 
-async def test_a_socket_unit_that_is_open_to_others_is_refused() -> None:
+async def test_a_socket_unit_that_is_open_to_a_network_needs_keys_as_an_address_in_the_config_does() -> None:
     with socket.create_server(("0.0.0.0", 0)) as wide:
-        manager = Manager(received=[Received("ml-offload-api.socket", os.dup(wide.fileno()))])
-        with pytest.raises(PermanentError, match="open to others") as refused:
-            await open_listeners([], manager)
-        assert "ListenStream=127.0.0.1:9000" in refused.value.hint
+        listeners = await open_listeners([], Manager(received=[Received("ml-offload-api.socket", os.dup(wide.fileno()))]))
+    with pytest.raises(PermanentError, match=r"opens 0\.0\.0\.0:") as refused:
+        listeners.check(ServerSpec())
+    assert "ListenStream=127.0.0.1:9000" in refused.value.hint
+    listeners.check(ServerSpec(insecure=True))
+    listeners.check(ServerSpec(access=Access(keys=(ApiKey(name="a", digest=b""),))))
+    listeners.close()
 
 
 async def test_kept_sockets_come_back_under_the_configs_addresses_and_the_others_are_dropped(tmp_path: Path) -> None:
