@@ -20,6 +20,8 @@ from offloadd.api.caller import caller
 from offloadd.api.limits import KeyMeter
 from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
 from offloadd.api.logs import logs_route
+from offloadd.api.meters import Meters
+from offloadd.api.metrics import PictureCollector
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models
 from offloadd.api.service import Service
@@ -124,6 +126,8 @@ class Daemon:
         self._started_wall = clock.wall()
         self._problems = Problems()
         self._meter = KeyMeter(clock)
+        self.meters = Meters()
+        self.meters.registry.register(PictureCollector(self.look))
         self._leaving = asyncio.Event()
         self._closing = False
         self._hurry = asyncio.Event()
@@ -145,6 +149,7 @@ class Daemon:
             demand=self._demand,
             apply=self._apply,
             woke_up=self._executor.sign_all,
+            took=self.meters.cycled,
         )
 
     async def run(self, started: Callable[[Daemon], None]) -> None:
@@ -259,18 +264,21 @@ class Daemon:
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
+        logging.getLogger("offloadd").addHandler(self.meters.handler)
         try:
             self._listeners = await open_listeners(server.listen, self._manager)
             self._listeners.check(server)
             await self._listeners.serve(runner)
             yield
         finally:
+            logging.getLogger("offloadd").removeHandler(self.meters.handler)
             await runner.cleanup()
             self._listeners.close()
             await gateway.close()
 
     def _served(self, served: Served) -> None:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""
+        self.meters.served(served)
         self._meter.spend(caller(), (served.prompt_tokens or 0) + (served.completion_tokens or 0))
         self._chronicle.recorder.served(served)
 

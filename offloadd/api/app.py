@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from offloadd.api import views
 from offloadd.api.caller import caller, identify
@@ -98,8 +97,9 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
         shown = views.health(picture) if caller().may(Scope.READ) else {"status": views.health(picture)["status"]}
         return web.json_response(shown, status=200 if picture.alive else 503)
 
-    async def metrics(_: web.Request) -> web.Response:
-        return web.Response(body=exposition(control.look), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    async def metrics(request: web.Request) -> web.Response:
+        body, content_type = exposition(control.meters, request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def reload(request: web.Request) -> web.Response:
         if request.query.get("wait") == "0":

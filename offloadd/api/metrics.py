@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from offloadd import __version__
 from offloadd.api import views
+from offloadd.api.meters import Meters
 from offloadd.api.picture import Picture
 from offloadd.state.actions import ModelState
+from offloadd.state.observed import InstanceState
 
 _DEVICE = {
     "total_bytes": "Memory of the device",
@@ -47,17 +49,22 @@ class PictureCollector(Collector):
         yield InfoMetricFamily("offloadd", "The daemon", {"version": __version__})
         yield from _ledger(views.vram_status(picture)["devices"])
         yield from _models(picture)
+        yield from _instances(picture)
+        yield from _backends(picture)
+        yield _loans(picture)
+        yield _plain("offloadd_start_time_seconds", "When the daemon started, in Unix seconds", picture.started_wall)
         yield _plain("offloadd_config_generation", "Number of the applied config", picture.config.generation)
         yield _plain("offloadd_config_last_reload_success", "Whether the last reload was taken", picture.config.attempt_ok)
+        text = "When a config was last read, in Unix seconds"
+        yield _plain("offloadd_config_last_reload_timestamp_seconds", text, picture.config.attempt_wall)
         yield _plain("offloadd_scheduler_alive", "Whether the scheduler makes progress", picture.alive)
         yield _plain("offloadd_problems", "Problems that /health lists", len(list(picture.problems)))
 
 
-def exposition(look: Callable[[], Picture]) -> bytes:
-    """The text that Prometheus scrapes."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(PictureCollector(look))
-    return generate_latest(registry)
+def exposition(meters: Meters, accept: str = "") -> tuple[bytes, str]:
+    """What Prometheus scrapes, in the format that it accepts, and that format's name."""
+    encode, content_type = choose_encoder(accept)
+    return encode(meters.registry), content_type
 
 
 def _ledger(devices: Iterable[views.Json]) -> Iterator[Metric]:
@@ -69,7 +76,7 @@ def _ledger(devices: Iterable[views.Json]) -> Iterator[Metric]:
                 family.add_metric((device["id"], device["kind"]), device[key])
         yield family
     for key, text in _INSTANCE.items():
-        family = GaugeMetricFamily(f"offloadd_instance_{key}", text, labels=("device", "model", "instance"))
+        family = GaugeMetricFamily(f"offloadd_instance_{key}", text, labels=("device", "model", "instance_id"))
         for device in listed:
             for held in device["instances"]:
                 if held[key] is not None:
@@ -81,6 +88,8 @@ def _models(picture: Picture) -> Iterator[Metric]:
     states = GaugeMetricFamily("offloadd_model_state", "1 for the state that the model is in", labels=("model", "state"))
     waiting = GaugeMetricFamily("offloadd_model_waiting_requests", "Requests that wait for the model", labels=("model",))
     running = GaugeMetricFamily("offloadd_model_running_requests", "Requests that its instances work on", labels=("model",))
+    text = "How long the request has waited that came first, in seconds"
+    oldest = GaugeMetricFamily("offloadd_model_oldest_wait_seconds", text, labels=("model",))
     held: dict[str, int] = {}
     for instance, count in picture.demand.leases.items():
         held[instance.model] = held.get(instance.model, 0) + count
@@ -90,8 +99,44 @@ def _models(picture: Picture) -> Iterator[Metric]:
             states.add_metric((name, state), float(decision is not None and decision.state is state))
         queued = picture.demand.waiting.get(name)
         waiting.add_metric((name,), queued.count if queued else 0)
+        oldest.add_metric((name,), max(0.0, picture.now - queued.oldest) if queued else 0)
         running.add_metric((name,), held.get(name, 0))
-    yield from (states, waiting, running)
+    yield from (states, waiting, running, oldest)
+
+
+def _instances(picture: Picture) -> Iterator[Metric]:
+    """How many there are of each engine in each state, and how many requests the ready ones can take at once."""
+    counts = {(str(name), state): 0 for name in picture.desired.engines for state in InstanceState}
+    slots = dict.fromkeys(picture.desired.models, 0)
+    for view in picture.observed.instances.values():
+        counts[view.backend, view.state] = counts.get((view.backend, view.state), 0) + 1
+        if view.state is InstanceState.READY:
+            slots[view.model] = slots.get(view.model, 0) + view.spec.parallel
+    family = GaugeMetricFamily("offloadd_instances", "Instances by engine and state", labels=("backend", "state"))
+    for (backend, state), count in counts.items():
+        family.add_metric((backend, state), count)
+    yield family
+    text = "Requests that the model's ready instances take at once"
+    family = GaugeMetricFamily("offloadd_model_slots", text, labels=("model",))
+    for name, count in slots.items():
+        family.add_metric((name,), count)
+    yield family
+
+
+def _backends(picture: Picture) -> Iterator[Metric]:
+    family = GaugeMetricFamily("offloadd_backend_available", "Whether the engine can be started here", labels=("backend",))
+    for name in picture.desired.engines:
+        view = picture.observed.engines.get(name)
+        family.add_metric((name,), float(view is not None and not view.problem))
+    yield family
+
+
+def _loans(picture: Picture) -> Metric:
+    family = GaugeMetricFamily("offloadd_loans", "Loans of memory, by whether they were granted", labels=("granted",))
+    granted = [loan.granted is not None for loan in picture.demand.loans.values()]
+    family.add_metric(("yes",), sum(granted))
+    family.add_metric(("no",), len(granted) - sum(granted))
+    return family
 
 
 def _plain(name: str, text: str, value: float) -> Metric:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from offloadd.api.meters import Meters
 from offloadd.state.actions import Plan
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
@@ -62,6 +63,11 @@ class Picture:
 
 class Control(Protocol):
     """What the control plane can see and ask for; joined in `daemon.py`."""
+
+    @property
+    def meters(self) -> Meters:
+        """What was counted since the start."""
+        ...
 
     def look(self) -> Picture:
         """One reading of everything."""

@@ -39,14 +39,19 @@ class Reconciler:
         demand: Callable[[], Demand],
         apply: Callable[[Plan], None],
         woke_up: Callable[[], None],
+        took: Callable[[Seconds], None] = lambda _: None,
     ) -> None:
-        """`woke_up` is called ahead of a cycle that comes so late that the whole daemon must have stood still."""
+        """`woke_up` is called ahead of a cycle that comes so late that the whole daemon must have stood still.
+
+        `took` is told how long each cycle took.
+        """
         self._clock = clock
         self._desired = desired
         self._observed = observed
         self._demand = demand
         self._apply = apply
         self._woke_up = woke_up
+        self._took = took
         self._woken = asyncio.Event()
         self._said: dict[ModelName, str] = {}
         self.latest = Plan()
@@ -85,6 +90,7 @@ class Reconciler:
         self._apply(answer)
         self._report(answer.decisions)
         self.completed_at = now
+        self._took(Seconds(self._clock.now() - now))
         return answer
 
     def _try_cycle(self) -> Seconds:

@@ -9,7 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offloadd.api import views
-from offloadd.api.metrics import exposition
+from offloadd.api.meters import Meters
+from offloadd.api.metrics import PictureCollector, exposition
 from offloadd.api.picture import ConfigStatus, Picture
 from offloadd.api.problems import Problems, of_memory
 from offloadd.plan.planner import plan
@@ -201,7 +202,9 @@ def test_metrics_are_the_numbers_of_the_ledger() -> None:
         offers=(offer(10),),
         demand=Demand(leases={key("a-1"): 2}, waiting={ModelName("a"): Waiting(count=3, oldest=NOW)}),
     )
-    families = {family.name: family for family in text_string_to_metric_families(exposition(lambda: shown).decode())}
+    meters = Meters()
+    meters.registry.register(PictureCollector(lambda: shown))
+    families = {family.name: family for family in text_string_to_metric_families(exposition(meters)[0].decode())}
     values = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in families.values()
@@ -214,7 +217,7 @@ def test_metrics_are_the_numbers_of_the_ledger() -> None:
         if name.endswith("_bytes") or name in names:
             assert values[f"offloadd_device_{names.get(name, name)}", device] == number
     assert ("offloadd_device_power_watts", device) not in values
-    share = (("device", "GPU-0"), ("instance", "a-1"), ("model", "a"))
+    share = (("device", "GPU-0"), ("instance_id", "a-1"), ("model", "a"))
     assert values["offloadd_instance_measured_bytes", share] == gib(9)
     assert values["offloadd_model_waiting_requests", (("model", "a"),)] == 3
     assert values["offloadd_model_running_requests", (("model", "a"),)] == 2
