@@ -16,6 +16,7 @@ from offloadd.api.caller import caller, identify
 from offloadd.api.guard import check_host, check_site, cors_headers, preflight
 from offloadd.api.limits import KeyMeter
 from offloadd.api.metrics import exposition
+from offloadd.api.openapi import description
 from offloadd.api.picture import Control, Picture
 from offloadd.api.scopes import scope_of
 from offloadd.errors import RequestError
@@ -101,6 +102,9 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
         body, content_type = exposition(control.meters, request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
+    async def describe(_: web.Request) -> web.Response:
+        return web.json_response(description())
+
     async def reload(request: web.Request) -> web.Response:
         if request.query.get("wait") == "0":
             control.reload_soon()
@@ -117,6 +121,7 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
         web.get("/backends/{name}", _show_backend(control)),
         web.get("/config", show(views.config)),
         web.get("/metrics", metrics),
+        web.get("/openapi.json", describe),
         web.post("/reload", reload),
         web.get("/v1/models", show(views.openai_models)),
         web.get("/v1/models/{name:.+}", show_model(views.openai_model)),

@@ -1,11 +1,10 @@
-"""What each route needs of its caller. A route that is not listed here needs `admin`: nothing is open by being forgotten."""
+"""What a request needs of its caller. A route that the table of operations lacks needs `admin`: nothing is open by oversight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from aiohttp import web
 
+from offloadd.api.operations import OPERATIONS
 from offloadd.state.access import Scope
 
 UPSTREAM = "/upstream/{model}/{path}"
@@ -18,56 +17,6 @@ _UPSTREAM_INFERENCE = frozenset(
 )
 """Paths of engines, below `/upstream/{model}`, that only compute. Others may show prompts of others, or change the server."""
 
-SCOPES: Mapping[tuple[str, str], Scope] = {
-    ("GET", "/health"): Scope.OPEN,
-    ("GET", "/openapi.json"): Scope.OPEN,
-    ("GET", "/ui"): Scope.OPEN,
-    ("GET", "/"): Scope.OPEN,
-    ("GET", "/api/version"): Scope.OPEN,
-    **dict.fromkeys(
-        (
-            ("GET", "/models"),
-            ("GET", "/models/{name}"),
-            ("GET", "/vram/status"),
-            ("GET", "/backends"),
-            ("GET", "/backends/{name}"),
-            ("GET", "/explain"),
-            ("GET", "/explain/{model}"),
-            ("GET", "/events"),
-            ("GET", "/metrics"),
-        ),
-        Scope.READ,
-    ),
-    **dict.fromkeys(
-        (
-            ("POST", "/inference"),
-            ("GET", "/v1/models"),
-            ("GET", "/v1/models/{name}"),
-            ("POST", "/v1/chat/completions"),
-            ("POST", "/v1/completions"),
-            ("POST", "/v1/embeddings"),
-            ("POST", "/v1/messages"),
-            ("POST", "/v1/messages/count_tokens"),
-            ("POST", "/api/chat"),
-            ("POST", "/api/generate"),
-            ("POST", "/api/embed"),
-            ("POST", "/api/embeddings"),
-            ("POST", "/api/show"),
-            ("GET", "/api/tags"),
-            ("GET", "/api/ps"),
-        ),
-        Scope.INFERENCE,
-    ),
-    **dict.fromkeys(
-        (
-            ("GET", "/config"),
-            ("POST", "/reload"),
-            ("POST", "/borrow"),
-        ),
-        Scope.ADMIN,
-    ),
-}
-
 
 def scope_of(request: web.Request) -> Scope:
     """What this request needs, by the route that it matched: never by its URL's text, which can be written in many ways."""
@@ -78,7 +27,8 @@ def scope_of(request: web.Request) -> Scope:
     if path == UPSTREAM:
         return _of_upstream(request)
     method = "GET" if request.method == "HEAD" else request.method
-    return SCOPES.get((method, path), Scope.ADMIN)
+    operation = OPERATIONS.get((method, path))
+    return Scope.ADMIN if operation is None else operation.scope
 
 
 def _of_upstream(request: web.Request) -> Scope:

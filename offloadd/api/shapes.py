@@ -1,0 +1,116 @@
+"""JSON Schemas of what the API takes and gives. What is passed on to engines is described as far as offloadd itself reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+
+def thing(required: dict[str, Schema], **optional: Schema) -> Schema:
+    """An object; other keys are allowed, since later versions may add some."""
+    return {"type": "object", "properties": {**required, **optional}, "required": list(required)}
+
+
+def listed(items: Schema, **more: Any) -> Schema:
+    """An array."""
+    return {"type": "array", "items": items, **more}
+
+
+def maybe(schema: Schema) -> Schema:
+    """The same, or null."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+TEXT: Schema = {"type": "string"}
+NUMBER: Schema = {"type": "number"}
+BYTES: Schema = {"type": "integer", "description": "bytes"}
+WHOLE: Schema = {"type": "integer"}
+COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": 100_000}
+YES: Schema = {"type": "boolean"}
+WALL: Schema = {"type": "number", "description": "seconds since the Unix epoch"}
+SWITCH: Schema = {"enum": ["0", "1"]}
+OBJECT: Schema = {"type": "object"}
+
+ERROR = thing({"error": thing({"message": TEXT, "type": TEXT, "code": maybe(TEXT), "param": maybe(TEXT)})})
+"""OpenAI's."""
+ANTHROPIC_ERROR = thing({"type": {"const": "error"}, "error": thing({"type": TEXT, "message": TEXT})})
+OLLAMA_ERROR = thing({"error": TEXT})
+TGI_ERROR = thing({"error": TEXT, "error_type": TEXT})
+
+_ATTEMPT = thing({"at": WALL, "ok": YES, "message": TEXT, "diagnostics": listed(OBJECT)})
+_CONFIG = {"generation": WHOLE, "applied_at": WALL, "last_attempt": _ATTEMPT}
+CONFIG = thing({**_CONFIG, "settings": OBJECT})
+RELOADED = {"anyOf": [thing(_CONFIG), thing({"accepted": YES})]}
+HEALTH = thing(
+    {"status": {"enum": ["ok", "degraded"]}},
+    version=TEXT,
+    uptime_s=NUMBER,
+    generation=WHOLE,
+    config=thing(_CONFIG),
+    problems=listed(thing({"what": TEXT, "since": WALL, "hint": TEXT})),
+)
+_SHARE = thing(
+    {"instance": TEXT, "model": TEXT, "reserved_bytes": BYTES, "measured_bytes": maybe(BYTES), "peak_bytes": maybe(BYTES)}
+)
+_SIZES = ("total", "used", "free", "limit", "reserved", "lent", "foreign", "releasing", "room")
+_DEVICE = thing(
+    {
+        "id": TEXT,
+        "index": WHOLE,
+        "name": TEXT,
+        "kind": TEXT,
+        **{f"{name}_bytes": BYTES for name in _SIZES},
+        "utilization": maybe(NUMBER),
+        "temperature_c": maybe(NUMBER),
+        "instances": listed(_SHARE),
+        "foreign": listed(thing({"pid": WHOLE, "name": TEXT, "bytes": maybe(BYTES)})),
+    }
+)
+VRAM = thing({"devices": listed(_DEVICE), "totals": OBJECT, "loans": listed(OBJECT), "as_of": WALL})
+_ENTRY = {"id": TEXT, "object": {"const": "model"}, "created": WHOLE, "owned_by": TEXT}
+OPENAI_MODEL = thing(_ENTRY)
+OPENAI_MODELS = thing({"object": {"const": "list"}, "data": listed(OPENAI_MODEL)})
+_OWN = thing(
+    {
+        "state": TEXT,
+        "reason": TEXT,
+        "source": TEXT,
+        "origin": {"enum": ["configured", "discovered"]},
+        "aliases": listed(TEXT),
+        "architecture": TEXT,
+        "parameters": maybe(WHOLE),
+        "quantization": TEXT,
+        "context": maybe(WHOLE),
+        "size_bytes": maybe(BYTES),
+        "capabilities": listed(TEXT),
+        "backends": listed(thing({"name": TEXT, "available": YES, "reason": TEXT, "hint": TEXT})),
+        "fits": {"enum": ["now", "after eviction", "never", "unknown"]},
+        "vram": thing({"estimated": maybe(BYTES), "learned": maybe(BYTES), "measured": maybe(BYTES)}),
+        "instances": listed(OBJECT),
+    }
+)
+MODEL = thing({**_ENTRY, "offloadd": _OWN})
+MODELS = thing({"object": {"const": "list"}, "data": listed(MODEL)})
+BACKEND = thing(
+    {"name": TEXT, "engine": TEXT, "kind": TEXT, "version": TEXT, "available": YES, "reason": TEXT, "instances": listed(OBJECT)}
+)
+BACKENDS = thing({"backends": listed(BACKEND)})
+
+BORROW = {
+    **thing({"size": {"type": "string", "examples": ["10GiB"]}}, device=TEXT, why=TEXT, pid=maybe(WHOLE), **{"for": maybe(TEXT)}),
+    "additionalProperties": False,
+}
+_ROUTING = {"model": TEXT, "stream": YES, "backend": TEXT}
+_MESSAGES = listed(thing({"role": TEXT}), minItems=1)
+NAMED = thing({}, **_ROUTING)
+PLAIN = {
+    "anyOf": [thing({"prompt": TEXT}, **_ROUTING), thing({"messages": _MESSAGES}, **_ROUTING)],
+    "description": "either a prompt or messages; other fields go to the engine as they are",
+}
+CHAT = thing({"messages": _MESSAGES}, **_ROUTING)
+COMPLETION = thing({"prompt": {"anyOf": [TEXT, listed(TEXT), listed(WHOLE)]}}, **_ROUTING)
+EMBEDDING = thing({"input": {"anyOf": [TEXT, listed(TEXT), listed(WHOLE)]}}, **_ROUTING)
+MESSAGES = thing({"messages": _MESSAGES, "max_tokens": {"type": "integer", "minimum": 1}}, **_ROUTING)
+OLLAMA_GENERATE = thing({"prompt": TEXT}, **_ROUTING)
+OLLAMA_EMBED = thing({"input": {"anyOf": [TEXT, listed(TEXT)]}}, **_ROUTING)
