@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp import http_parser, web
 
 from offloadd import __version__
-from offloadd.api.app import Door, as_seen, build_app, request_id
+from offloadd.api.app import Door, answer_headers, as_seen, build_app, request_id
 from offloadd.api.borrow import borrow_route
 from offloadd.api.caller import caller
 from offloadd.api.limits import KeyMeter
@@ -34,16 +34,16 @@ from offloadd.events import EventKind, about
 from offloadd.observe.devices.amdgpu import AmdReader
 from offloadd.observe.devices.host import HostReader
 from offloadd.observe.devices.nvml import NvmlReader
-from offloadd.observe.probes import Prober
+from offloadd.observe.probes import Prober, open_session
 from offloadd.observe.processes import holds_port
 from offloadd.observe.snapshot import Observer
-from offloadd.proxy import upstream
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.endpoints import Endpoints
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.keeping import KeepBook
 from offloadd.proxy.leases import Host, LeaseBook
+from offloadd.proxy.upstream import Pool
 from offloadd.registry.content import content_of_model
 from offloadd.registry.readers import read_model
 from offloadd.runtime.executor import Executor
@@ -100,7 +100,7 @@ async def serve(
     await store.start()
     data_dir = Path(store.applied.desired.storage.data_dir)
     with locked(data_dir):
-        async with upstream.open_session() as session:
+        async with open_session() as session:
             await Daemon(store, backends, clock, data_dir, session, manager or Manager()).run(started)
 
 
@@ -120,6 +120,7 @@ class Daemon:
         self._store = store
         self._backends = backends
         self._session = session
+        self._pool = Pool()
         self._manager = manager
         self._service = Service(manager, self.look)
         self._listeners = Listeners((), activated=False)
@@ -231,7 +232,7 @@ class Daemon:
             probe=Prober(self._session),
             holds_port=holds_port,
             changed=self._changed,
-            hang_up=self._book.hang_up,
+            hang_up=self._hang_up,
         )
 
     async def _clear_strays(self) -> None:
@@ -243,12 +244,14 @@ class Daemon:
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:
         accounts = Accounts(self._clock, self._served, lambda: caller().name)
+        door = Door(access=lambda: self._store.applied.desired.server.access, allowed_hosts=self._allowed_hosts, meter=self._meter)
         gateway = Gateway(
             book=self._book,
             desired=lambda: self._store.applied.desired,
-            session=self._session,
+            pool=self._pool,
             cancels_only_streams=self._cancels_only_streams,
             request_id=request_id,
+            bears=lambda request: answer_headers(request, door),
             accounts=accounts,
             may_use=lambda spec: caller().may_use(spec.name, spec.aliases),
         )
@@ -257,7 +260,6 @@ class Daemon:
         endpoints = Endpoints(
             gateway, accounts=accounts, api_of=self._api, look=lambda: as_seen(self.look()), keep=self._keep_loaded
         )
-        door = Door(access=lambda: self._store.applied.desired.server.access, allowed_hosts=self._allowed_hosts, meter=self._meter)
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
         routes = [*gateway.routes(), *endpoints.routes(), borrow, logs]
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped)
@@ -275,6 +277,15 @@ class Daemon:
             await runner.cleanup()
             self._listeners.close()
             await gateway.close()
+            self._pool.close()
+
+    def _hang_up(self, instance: InstanceId, why: str) -> None:
+        """End the instance's requests, and every connection that is kept for the next: some servers wait for their clients."""
+        self._book.hang_up(instance, why)
+        ending = self._executor.get(instance)
+        endpoint = ending.view().endpoint if ending is not None else None
+        if endpoint is not None:
+            self._pool.forget(endpoint)
 
     def _served(self, served: Served) -> None:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""

@@ -64,13 +64,17 @@ def build_app(
     app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(door, ended, shape)])
 
     async def finish(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers["X-Request-Id"] = request[_ID_KEY]
-        response.headers.update(cors_headers(request, door.access().cors_origins))
+        response.headers.update(answer_headers(request, door))
 
     app.on_response_prepare.append(finish)
     app.add_routes(_control_routes(control, find))
     app.add_routes(routes)
     return app
+
+
+def answer_headers(request: web.Request, door: Door) -> dict[str, str]:
+    """What every answer bears, whoever writes it."""
+    return {"X-Request-Id": request[_ID_KEY], **cors_headers(request, door.access().cors_origins)}
 
 
 def request_id(request: web.Request) -> str:

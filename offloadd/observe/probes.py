@@ -8,6 +8,18 @@ from offloadd.state.launch import Endpoint, Probe, ProbeReply
 
 _MAX_BODY = 256 * 1024
 
+CONNECT_TIMEOUT = 5.0
+
+
+def open_session() -> aiohttp.ClientSession:
+    """For probes: each on a connection of its own, so that an old one tells nothing."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+        trust_env=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
 
 class Prober:
     """Sends probes. Each takes a new connection: a pooled one would say nothing about the listener."""

@@ -8,23 +8,26 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-import aiohttp
 import msgspec
 from aiohttp import web
-from multidict import CIMultiDict
 
 from offloadd.errors import RequestError
-from offloadd.proxy import relay, routing, upstream
+from offloadd.proxy import headers, relay, routing
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects import openai, plain, sse
-from offloadd.proxy.dialects.base import Change, Gathering, Translation
-from offloadd.proxy.dialects.refusals import engine_error, event_error
+from offloadd.proxy.dialects.base import Change, Translation
+from offloadd.proxy.downstream import Stream, Whole, json_answer
 from offloadd.proxy.leases import Lease, LeaseBook
+from offloadd.proxy.upstream import Pool
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName
 
+SMALL = 64 * 1024
+"""A body up to this size is read before it is passed on."""
 FORWARDED = (openai.CHAT, openai.COMPLETIONS, "/v1/embeddings")
 """POST paths that go to the model named in the body, as they are."""
+
+_NONE: Mapping[str, str] = {}
 
 
 class Gateway:
@@ -35,18 +38,20 @@ class Gateway:
         *,
         book: LeaseBook,
         desired: Callable[[], DesiredState],
-        session: aiohttp.ClientSession,
+        pool: Pool,
         cancels_only_streams: Callable[[BackendName], bool],
         request_id: Callable[[web.Request], str],
+        bears: Callable[[web.Request], Mapping[str, str]],
         accounts: Accounts,
         may_use: Callable[[ModelSpec], bool],
     ) -> None:
-        """`may_use` says whether the caller of the present request is allowed a model."""
+        """`bears` are headers that every answer to a request has; `may_use` says whether its caller is allowed a model."""
         self._book = book
         self._desired = desired
-        self._session = session
+        self._pool = pool
         self._cancels_only_streams = cancels_only_streams
         self._request_id = request_id
+        self._bears = bears
         self._accounts = accounts
         self._may_use = may_use
         self._names: tuple[DesiredState, routing.Names] | None = None
@@ -111,18 +116,18 @@ class Gateway:
 
     async def converse(self, request: web.Request, lease: Lease, translation: Translation, *, stream: bool) -> web.StreamResponse:
         """A translated request on a leased instance. Its answer is fetched as a stream, which ends when the client leaves."""
-        call = _json(self._call(request, lease, translation.path, msgspec.json.encode(translation.body)))
+        call = self._call(request, lease, translation.path, msgspec.json.encode(translation.body), as_json=True)
         if stream:
             return await self._stream(request, lease, call, translation.change(), translation.headers)
-        gathering = translation.gather()
-        await relay.until_revoked(lease, self._gather(lease, call, gathering))
-        answer = msgspec.json.encode(translation.whole(gathering.answer()))
-        return web.json_response(body=answer, headers={**self._origin(lease), **translation.headers})
+        collecting = relay.Collecting(self._pool, lease, call, translation.gather())
+        await collecting.run()
+        body = msgspec.json.encode(translation.whole(collecting.gathered()))
+        return json_answer(request, self._named(request, lease, translation.headers), body)
 
     async def ask(self, request: web.Request, lease: Lease, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A small question that an engine answers at once; RequestError when it refuses."""
-        call = _json(self._call(request, lease, path, msgspec.json.encode(body)))
-        return sse.decode((await relay.until_revoked(lease, self._read(lease, call))).body)
+        call = self._call(request, lease, path, msgspec.json.encode(body), as_json=True)
+        return sse.decode((await self._read(lease, call)).body)
 
     @asynccontextmanager
     async def leased(self, spec: ModelSpec, *, backend: str | None = None) -> AsyncIterator[Lease]:
@@ -131,17 +136,25 @@ class Gateway:
             yield held.lease
 
     async def by_path(self, request: web.Request) -> web.StreamResponse:
-        """`/upstream/{model}/{path}`: anything else that one model's server offers."""
-        if request.headers.get("Upgrade"):
-            raise RequestError(501, "upgrade_not_supported", "this version of offloadd does not relay WebSockets yet")
-        raw_path = "/" + request.rel_url.raw_path.split("/", 3)[3]
-        query = f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
-        body = await request.read() if request.can_read_body else None
+        """`/upstream/{model}/{path}`: anything else that one model's server offers, WebSockets included."""
         spec = self.find(request.match_info["model"])
         lease = self._book.borrow(spec) if request.method in ("GET", "HEAD") else None
         async with self._leased(spec, lease) as held:
-            call = replace(self._call(request, held.lease, raw_path + query, body), by_path=True)
-            return await self._stream(request, held.lease, call)
+            call = self._call(request, held.lease, routing.upstream_target(request.rel_url), None)
+            return await self._stream(request, held.lease, await self._with_body(request, call))
+
+    async def _with_body(self, request: web.Request, call: relay.Call) -> relay.Call:
+        """The call with the body that comes with the request: a small one read first, a large one passed on as it comes."""
+        upgrade = request.headers.get("Upgrade", "") if "upgrade" in request.headers.get("Connection", "").lower() else ""
+        call = replace(call, by_path=True, upgrade=upgrade.encode("latin-1", "replace"))
+        if not request.can_read_body:
+            return call
+        length = request.content_length
+        if length is not None and length <= SMALL and "Content-Encoding" not in request.headers:
+            return replace(call, body=await request.read())
+        # Packed bodies arrive here unpacked, so that their length is another.
+        known = None if "Content-Encoding" in request.headers else length
+        return replace(call, upload=routing.bounded_body(request, request.client_max_size), length=known)
 
     async def _stream(
         self,
@@ -149,73 +162,46 @@ class Gateway:
         lease: Lease,
         call: relay.Call,
         change: Change | None = None,
-        headers: Mapping[str, str] | None = None,
+        more: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
-        call.account.streamed = not call.by_path
-        origin = self._origin(lease)
-        origin.update(headers or {})
-        stream = relay.Stream(request, origin, change)
+        stream = Stream(request, self._named(request, lease, more or {}), change)
         try:
-            await relay.until_revoked(lease, self._copy(stream, lease, call))
+            await relay.Passing(self._pool, lease, call, stream).run()
         except RequestError as error:
-            return await stream.fail(error, call.account)
-        return await stream.end()
-
-    async def _copy(self, stream: relay.Stream, lease: Lease, call: relay.Call) -> None:
-        async with relay.send(self._session, lease, call) as response:
-            await self._check(lease, response, call)
-            await stream.copy(lease, call, response)
-
-    async def _check(self, lease: Lease, response: aiohttp.ClientResponse, call: relay.Call) -> None:
-        """Raise what the engine's refusal means. What was asked for by path is that server's own business."""
-        if response.status >= 400 and not call.by_path:
-            answer = await relay.read_whole(lease, call, response)
-            error = engine_error(answer.status, answer.body, call.path, response.headers.get("Retry-After", ""))
-            error.origin = self._origin(lease)
-            raise error
+            if not stream.status:
+                raise
+            call.account.broken, call.account.reason = True, error.message
+            stream.fail(error)
+        except BaseException:
+            if stream.status:
+                stream.abort()
+            raise
+        return stream.release()
 
     async def _whole(self, request: web.Request, held: _Held, path: str, body: bytes) -> web.StreamResponse:
         """An answer that is not a stream. See `dialects/openai.py` for why it may be fetched as one."""
         lease = held.lease
-        if self._cancels_only_streams(lease.host.backend):
-            fields = routing.read_object(body)
-            if openai.can_collect(path, fields):
-                call = self._call(request, lease, path, msgspec.json.encode(openai.as_stream(fields)))
-                collector = openai.Collector(path)
-                await relay.until_revoked(lease, self._gather(lease, call, collector))
-                return web.json_response(body=msgspec.json.encode(collector.answer()), headers=self._origin(lease))
-            answer = await self._to_the_end(held, self._call(request, lease, path, body))
-        else:
-            answer = await relay.until_revoked(lease, self._read(lease, self._call(request, lease, path, body)))
-        return _respond(answer, self._origin(lease))
-
-    async def _gather(self, lease: Lease, call: relay.Call, gathering: Gathering) -> None:
-        """A whole answer, put together from a stream; RequestError when the engine refuses or fails."""
-        reader = sse.EventReader()
-        async with relay.send(self._session, lease, call) as response:
-            await self._check(lease, response, call)
-            size = 0
-            async for chunk in response.content.iter_any():
-                lease.host.sign()
-                call.account.tap.feed(chunk)
-                size = relay.bounded(size + len(chunk))
-                for payload in reader.feed(chunk):
-                    gathering.add(sse.decode(payload))
-        if gathering.error is not None:
-            error = event_error(gathering.error)
-            error.origin = self._origin(lease)
-            raise error
-        if not gathering.complete:
-            raise aiohttp.ClientPayloadError("its answer broke off")
+        own = self._named(request, lease)
+        if not self._cancels_only_streams(lease.host.backend):
+            answer = await self._read(lease, self._call(request, lease, path, body))
+            return Whole(request, answer.status, answer.fields, own, answer.body)
+        fields = routing.read_object(body)
+        if openai.can_collect(path, fields):
+            call = self._call(request, lease, path, msgspec.json.encode(openai.as_stream(fields)))
+            collecting = relay.Collecting(self._pool, lease, call, openai.Collector(path))
+            await collecting.run()
+            return json_answer(request, own, msgspec.json.encode(collecting.gathered()))
+        answer = await self._to_the_end(held, self._call(request, lease, path, body))
+        return Whole(request, answer.status, answer.fields, own, answer.body)
 
     async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
-        async with relay.send(self._session, lease, call) as response:
-            await self._check(lease, response, call)
-            return await relay.read_whole(lease, call, response)
+        reading = relay.Reading(self._pool, lease, call)
+        await reading.run()
+        return reading.answer
 
     async def _to_the_end(self, held: _Held, call: relay.Call) -> relay.Answer:
         """For a backend that works on after its client has left: the lease then lasts as long as the work does."""
-        task = asyncio.create_task(relay.until_revoked(held.lease, self._read(held.lease, call)))
+        task = asyncio.create_task(self._read(held.lease, call))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -235,11 +221,16 @@ class Gateway:
         self._lingering.add(lingering)
         lingering.add_done_callback(self._lingering.discard)
 
-    def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None) -> relay.Call:
+    def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None, *, as_json: bool = False) -> relay.Call:
+        """The call that a request becomes. `as_json`: its body is ours, and JSON, whatever the client said of its own."""
         account = self._accounts.open(request)
         account.grant(lease, len(body or b""))
-        headers = upstream.to_backend(request.headers, self._request_id(request), lease.host.endpoint.headers)
-        return relay.Call(method=request.method, path=path, headers=headers, account=account, body=body)
+        own = headers.lines((*lease.host.endpoint.headers.items(), ("X-Request-Id", self._request_id(request))))
+        fields = request.raw_headers
+        if as_json:
+            own += b"Content-Type: application/json\r\n"
+            fields = tuple(pair for pair in fields if pair[0].lower() != b"content-type")
+        return relay.Call(method=request.method, path=path, fields=fields, own=own, account=account, body=body)
 
     @asynccontextmanager
     async def _leased(self, spec: ModelSpec, lease: Lease | None = None, backend: str | None = None) -> AsyncIterator[_Held]:
@@ -251,14 +242,9 @@ class Gateway:
             if not held.kept:
                 self._book.release(held.lease)
 
-    def _origin(self, lease: Lease) -> CIMultiDict[str]:
-        return CIMultiDict(
-            {
-                "X-Offloadd-Instance": str(lease.host.instance),
-                "X-Offloadd-Backend": lease.host.backend,
-                "X-Offloadd-Reason": lease.why,
-            }
-        )
+    def _named(self, request: web.Request, lease: Lease, more: Mapping[str, str] = _NONE) -> bytes:
+        """Header lines of ours: whose answer it is, and to what."""
+        return headers.lines((*self._bears(request).items(), *relay.origin(lease).items(), *more.items()))
 
 
 class _Held:
@@ -267,15 +253,3 @@ class _Held:
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.kept = False
-
-
-def _json(call: relay.Call) -> relay.Call:
-    """A call whose body is JSON, whatever the client said of its own: some engines refuse it by the wrong type."""
-    call.headers["Content-Type"] = "application/json"
-    return call
-
-
-def _respond(answer: relay.Answer, origin: CIMultiDict[str]) -> web.Response:
-    headers = answer.headers.copy()
-    headers.extend(origin)
-    return web.Response(status=answer.status, headers=headers, body=answer.body)

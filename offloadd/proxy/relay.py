@@ -1,31 +1,26 @@
-"""The byte path: one request on one leased instance, its answer passed on as it comes."""
+"""The byte path: one request on one leased instance, its answer handed on as it comes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import aiohttp
-from aiohttp import web
-from multidict import CIMultiDict
-from yarl import URL
-
-from offloadd.errors import RequestError, error_body
-from offloadd.proxy import upstream
+from offloadd.errors import RequestError
+from offloadd.proxy import headers, upstream
 from offloadd.proxy.account import Account
 from offloadd.proxy.dialects import sse
-from offloadd.proxy.dialects.base import Change
+from offloadd.proxy.dialects.base import Gathering, Object
+from offloadd.proxy.dialects.refusals import engine_error, event_error
+from offloadd.proxy.downstream import Stream
+from offloadd.proxy.headers import Fields
 from offloadd.proxy.leases import Lease
+from offloadd.proxy.upstream import Connection, Head, Pool
 from offloadd.units import Seconds
-
-T = TypeVar("T")
 
 MAX_BUFFERED = 64 * 2**20
 """An answer that is not a stream is held whole up to this size, so that a backend's death gives a clean error."""
-_LAST_BYTES = Seconds(0.2)
+LAST_BYTES = Seconds(0.2)
 """After a backend has ended, what it sent before is still in the socket: so long we go on reading."""
 
 
@@ -35,11 +30,28 @@ class Call:
 
     method: str
     path: str
-    headers: CIMultiDict[str]
+    fields: Fields
+    own: bytes
+    """Header lines of ours."""
     account: Account
-    body: bytes | AsyncIterator[bytes] | None = None
+    body: bytes | None = None
+    upload: AsyncIterator[bytes] | None = None
+    """A body that is passed on as it comes; `length` says how long it is, if that is known."""
+    length: int | None = None
     by_path: bool = False
     """Asked for under `/upstream/`: the answer goes back as it is, refusals too."""
+    upgrade: bytes = b""
+    """The protocol that the connection is to change to."""
+
+    def head(self, authority: str) -> bytes:
+        """The request's head, framed."""
+        start = headers.request_head(self.method, self.path, authority, self.fields, self.own)
+        if self.upgrade:
+            return b"%bConnection: Upgrade\r\nUpgrade: %b\r\n\r\n" % (start, self.upgrade)
+        if self.upload is not None and self.length is None:
+            return start + b"Transfer-Encoding: chunked\r\n\r\n"
+        size = self.length if self.upload is not None else None if self.body is None else len(self.body)
+        return start + (b"\r\n" if size is None else b"Content-Length: %d\r\n\r\n" % size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +59,7 @@ class Answer:
     """A backend's whole answer."""
 
     status: int
-    headers: CIMultiDict[str]
+    fields: Fields
     body: bytes
 
 
@@ -60,117 +72,270 @@ class BackendLostError(RequestError):
         super().__init__(502, "backend_lost", message, retry_after=Seconds(1))
 
 
-async def until_revoked(lease: Lease, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work, unless the lease is revoked; BackendLostError then, and also when the backend breaks the connection."""
-    task = asyncio.ensure_future(work)
-    try:
-        either: set[asyncio.Future[Any]] = {task, lease.revoked}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            await asyncio.wait({task}, timeout=_LAST_BYTES)
-        if not task.done():
-            raise BackendLostError(lease, lease.revoked.result())
-        return task.result()
-    except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-        raise BackendLostError(lease, await _reason(lease, error)) from None
-    except sse.BrokenStreamError as error:
-        raise RequestError(502, "bad_answer", f"{lease.host.instance} sent what cannot be understood: {error}") from None
-    finally:
-        task.cancel()
-        # Also when it is done: if we are cancelled in the moment in which it fails, nobody else asks for its error.
-        await asyncio.gather(task, return_exceptions=True)
+class Exchange:
+    """Sends a call to the leased instance and takes its answer. Subclasses say what becomes of it.
+
+    All of it happens in the sockets' callbacks; `run` only waits for the end.
+    """
+
+    def __init__(self, pool: Pool, lease: Lease, call: Call) -> None:
+        self._pool = pool
+        self._lease = lease
+        self._call = call
+        self._sign = lease.host.sign
+        self._tap = call.account.tap
+        self._connection: Connection | None = None
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._timer: asyncio.TimerHandle | None = None
+        self._refusal: Head | None = None
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    async def run(self) -> None:
+        """Return when the answer is whole; RequestError says what went wrong. Whoever is cancelled here ends the backend's work."""
+        revoked = self._lease.revoked
+        revoked.add_done_callback(self._revoked)
+        try:
+            await self._attempt()
+        except (OSError, TimeoutError) as error:
+            raise BackendLostError(self._lease, await _reason(self._lease, error)) from None
+        except (sse.BrokenStreamError, upstream.BrokenAnswerError, headers.UnfitHeaderError) as error:
+            message = f"{self._lease.host.instance} sent what cannot be understood: {error}"
+            raise RequestError(502, "bad_answer", message) from None
+        finally:
+            revoked.remove_done_callback(self._revoked)
+            self._let_go()
+
+    async def _attempt(self) -> None:
+        endpoint = self._lease.host.endpoint
+        kept = self._pool.idle(endpoint)
+        if kept is not None:
+            try:
+                await self._send(kept)
+            except upstream.StaleError:
+                if self._call.upload is not None:
+                    raise
+                self._done = asyncio.get_running_loop().create_future()
+            else:
+                return
+        await self._send(await self._pool.connect(endpoint))
+
+    async def _send(self, connection: Connection) -> None:
+        call = self._call
+        self._connection = connection
+        call.account.sent = True
+        head = call.head(upstream.authority(self._lease.host.endpoint))
+        connection.send(self, head, call.body, bodiless=call.method == "HEAD")
+        if call.upload is None:
+            await self._done
+            return
+        upload = asyncio.create_task(self._upload(connection, call.upload))
+        try:
+            await self._done
+        finally:
+            upload.cancel()
+            await asyncio.gather(upload, return_exceptions=True)
+
+    async def _upload(self, connection: Connection, pieces: AsyncIterator[bytes]) -> None:
+        chunked = self._call.length is None
+        try:
+            async for piece in pieces:
+                if piece:
+                    await connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+            if chunked:
+                await connection.write(b"0\r\n\r\n")
+        except ConnectionError:
+            pass  # the backend wants no more: its answer says why, or its close does
+        except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
+            self._fail(error)
+
+    def _revoked(self, _: asyncio.Future[str]) -> None:
+        self._timer = asyncio.get_running_loop().call_later(LAST_BYTES, self._give_up)
+
+    def _give_up(self) -> None:
+        self._fail(BackendLostError(self._lease, self._lease.revoked.result()))
+
+    def _let_go(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
+        if self._done.done() and not self._done.cancelled():
+            self._done.exception()  # nobody may be left to ask for it
+
+    def _fail(self, error: Exception) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    # --- what the connection tells ---
+
+    def begin(self, head: Head) -> None:
+        """The answer's head. What an engine refuses is read whole, to be said in our words."""
+        self._sign()
+        if head.status >= 400 and not self._call.by_path:
+            self._refusal = head
+            return
+        try:
+            if head.status == 101 and not self._call.upgrade:
+                raise upstream.BrokenAnswerError("it changes the protocol, which nobody asked for")
+            self._begin(head)
+        except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
+            self._fail(error)
+
+    def feed(self, piece: bytes) -> None:
+        """A piece of its body."""
+        self._sign()
+        self._tap.feed(piece)
+        try:
+            if self._refusal is not None:
+                self._keep(piece)
+            else:
+                self._feed(piece)
+        except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
+            self._fail(error)
+
+    def finish(self, trailer: Fields) -> None:
+        """It is whole."""
+        self._connection = None
+        try:
+            if self._refusal is not None:
+                raise self._refused(self._refusal)
+            self._end(trailer)
+        except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
+            self._fail(error)
+            return
+        if not self._done.done():
+            self._done.set_result(None)
+
+    def lost(self, error: Exception) -> None:
+        """It will not be."""
+        self._connection = None
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    def hold(self) -> None:
+        """An upload waits by itself."""
+
+    def go_on(self) -> None:
+        """And goes on by itself."""
+
+    # --- what subclasses do ---
+
+    def _begin(self, head: Head) -> None:
+        """Take the head of an answer that is no refusal."""
+        raise NotImplementedError
+
+    def _feed(self, piece: bytes) -> None:
+        """Take a piece of its body."""
+        raise NotImplementedError
+
+    def _end(self, trailer: Fields) -> None:
+        """Take its end."""
+        raise NotImplementedError
+
+    def _keep(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size > MAX_BUFFERED:
+            raise RequestError(502, "answer_too_large", f"the backend's answer is larger than {MAX_BUFFERED} bytes")
+        self._parts.append(piece)
+
+    def _refused(self, head: Head) -> RequestError:
+        retry_after = headers.field(head.fields, b"retry-after").decode("latin-1")
+        error = engine_error(head.status, b"".join(self._parts), self._call.path, retry_after)
+        error.origin = origin(self._lease)
+        return error
 
 
-@asynccontextmanager
-async def send(session: aiohttp.ClientSession, lease: Lease, call: Call) -> AsyncIterator[aiohttp.ClientResponse]:
-    """Send the request; the connection is closed on leaving, which ends the backend's work on a stream."""
-    url = lease.host.endpoint.url + call.path
-    call.account.sent = True
-    async with session.request(
-        call.method, URL(url, encoded=True), data=call.body, headers=call.headers, allow_redirects=False
-    ) as response:
-        yield response
+class Reading(Exchange):
+    """Reads an answer whole."""
+
+    answer: Answer
+
+    def _begin(self, head: Head) -> None:
+        self._head = head
+
+    def _feed(self, piece: bytes) -> None:
+        self._keep(piece)
+
+    def _end(self, trailer: Fields) -> None:
+        self.answer = Answer(self._head.status, self._head.fields, b"".join(self._parts))
 
 
-async def read_whole(lease: Lease, call: Call, response: aiohttp.ClientResponse) -> Answer:
-    """The backend's whole answer, bounded."""
-    parts: list[bytes] = []
-    size = 0
-    async for chunk in response.content.iter_any():
-        lease.host.sign()
-        call.account.tap.feed(chunk)
-        size = bounded(size + len(chunk))
-        parts.append(chunk)
-    return Answer(response.status, upstream.to_client(response.headers), b"".join(parts))
+class Collecting(Exchange):
+    """Puts a whole answer together from a stream."""
 
+    def __init__(self, pool: Pool, lease: Lease, call: Call, gathering: Gathering) -> None:
+        super().__init__(pool, lease, call)
+        self._gathering = gathering
+        self._reader = sse.EventReader()
 
-def bounded(size: int) -> int:
-    """The size, as long as an answer of it may be held whole; RequestError 502 beyond."""
-    if size > MAX_BUFFERED:
-        raise RequestError(502, "answer_too_large", f"the backend's answer is larger than {MAX_BUFFERED} bytes")
-    return size
+    def gathered(self) -> Object:
+        """The whole answer."""
+        return self._gathering.answer()
 
+    def _begin(self, head: Head) -> None:
+        """Its events say all there is to say."""
 
-class Stream:
-    """An answer on its way to a client. Once it has begun, a failure is told in the stream itself."""
+    def _feed(self, piece: bytes) -> None:
+        self._size += len(piece)
+        if self._size > MAX_BUFFERED:
+            raise RequestError(502, "answer_too_large", f"the backend's answer is larger than {MAX_BUFFERED} bytes")
+        for payload in self._reader.feed(piece):
+            self._gathering.add(sse.decode(payload))
 
-    def __init__(self, request: web.Request, origin: CIMultiDict[str], change: Change | None = None) -> None:
-        self._request = request
-        self._origin = origin
-        self._change = change
-        self._response: web.StreamResponse | None = None
-
-    @property
-    def response(self) -> web.StreamResponse:
-        """The response that has begun."""
-        assert self._response is not None  # noqa: S101  (asked for after `copy` only)
-        return self._response
-
-    async def copy(self, lease: Lease, call: Call, response: aiohttp.ClientResponse) -> None:
-        """Pass the body on chunk by chunk, each as soon as it comes; a dialect may change it."""
-        change, target = self._change, await self._begin(response)
-        async for chunk in response.content.iter_any():
-            lease.host.sign()
-            call.account.tap.feed(chunk)
-            passed = chunk if change is None else change.feed(chunk)
-            if passed:
-                await target.write(passed)
-        if change is not None and (passed := change.end()):
-            await target.write(passed)
-
-    async def end(self) -> web.StreamResponse:
-        """The answer is whole."""
-        await self.response.write_eof()
-        return self.response
-
-    async def fail(self, error: RequestError, account: Account) -> web.StreamResponse:
-        """Say in the stream that it broke off: an `error` event, and no `[DONE]`. Before its begin, the error is the answer."""
-        if self._response is None:
+    def _end(self, trailer: Fields) -> None:
+        if self._gathering.error is not None:
+            error = event_error(self._gathering.error)
+            error.origin = origin(self._lease)
             raise error
-        account.broken, account.reason = True, error.message
-        if self._change is not None:
-            await self._response.write(self._change.fail(error))
-            return await self.end()
-        if "text/event-stream" not in self._response.headers.get("Content-Type", ""):
-            # Only a connection that breaks tells the reader of anything else that it is not whole.
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            return self._response
-        body = error_body(error.status, error.code, error.message)
-        await self._response.write(b"\n\n" + sse.event(body))
-        return await self.end()
+        if not self._gathering.complete:
+            raise ConnectionResetError("its answer broke off")
 
-    async def _begin(self, response: aiohttp.ClientResponse) -> web.StreamResponse:
-        headers = upstream.to_client(response.headers)
-        if self._change is not None:
-            headers["Content-Type"] = self._change.media_type
-        headers.extend(self._origin)
-        self._response = web.StreamResponse(status=response.status, headers=headers)
-        await self._response.prepare(self._request)
-        return self._response
+
+class Passing(Exchange):
+    """Passes an answer on to a client as it comes; where the connection is to change its protocol, in both directions."""
+
+    def __init__(self, pool: Pool, lease: Lease, call: Call, stream: Stream) -> None:
+        super().__init__(pool, lease, call)
+        self._stream = stream
+        self._feed = stream.feed  # type: ignore[method-assign]
+
+    def _begin(self, head: Head) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        if head.status == 101:
+            self._stream.tunnel(head.fields, self._call.upgrade, connection, connection.put)
+            return
+        streamed = headers.field(head.fields, b"content-type").lower().startswith((b"text/event-stream", b"application/x-ndjson"))
+        self._call.account.streamed = streamed
+        self._stream.begin(head.status, head.fields, head.length, connection)
+
+    def _end(self, trailer: Fields) -> None:
+        self._stream.finish(trailer)
+
+    def hold(self) -> None:
+        """The backend's side of a tunnel is full."""
+        if self._stream.status == 101:
+            self._stream.hold()
+
+    def go_on(self) -> None:
+        """It has room again."""
+        if self._stream.status == 101:
+            self._stream.go_on()
+
+
+def origin(lease: Lease) -> dict[str, str]:
+    """Headers that say whose answer it is, and why it was asked of that one."""
+    host = lease.host
+    return {"X-Offloadd-Instance": str(host.instance), "X-Offloadd-Backend": host.backend, "X-Offloadd-Reason": lease.why}
 
 
 async def _reason(lease: Lease, error: BaseException) -> str:
     """A broken connection is seen a moment before the process's end is: wait that moment for the better reason."""
-    await asyncio.wait({lease.revoked}, timeout=_LAST_BYTES)
+    await asyncio.wait({lease.revoked}, timeout=LAST_BYTES)
     return lease.revoked.result() if lease.revoked.done() else str(error) or type(error).__name__

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import msgspec
+from aiohttp import web
+from yarl import URL
 
 from offloadd.errors import RequestError
 from offloadd.state.desired import DesiredState, JsonValue, ModelSpec, RequestRules
 from offloadd.units import Seconds
 
 T = TypeVar("T")
+_TARGET = re.compile(r"[\x21-\x7e]+")
 
 
 class Head(msgspec.Struct):
@@ -84,6 +88,25 @@ def apply_rules(rules: RequestRules, body: bytes) -> bytes:
     for name in rules.remove:
         fields.pop(name, None)
     return msgspec.json.encode({**rules.default, **fields, **rules.set})
+
+
+def upstream_target(url: URL) -> str:
+    """What follows the model's name in `/upstream/{model}/{path}`, with its query, as the client wrote it."""
+    query = f"?{url.raw_query_string}" if url.raw_query_string else ""
+    target = "/" + url.raw_path.split("/", 3)[3] + query
+    if not _TARGET.fullmatch(target):
+        raise RequestError(400, "bad_path", "the path holds characters that belong there only in their encoded form")
+    return target
+
+
+async def bounded_body(request: web.Request, limit: int) -> AsyncIterator[bytes]:
+    """The request's body as it comes; RequestError 413 when it turns out to be larger than allowed."""
+    size = 0
+    async for piece in request.content.iter_any():
+        size += len(piece)
+        if size > limit:
+            raise RequestError(413, "body_too_large", f"the body is larger than {limit} bytes")
+        yield piece
 
 
 def check_granted(granted: str, asked: str | None) -> None:
