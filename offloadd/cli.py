@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from offloadd import __version__, journal
+from offloadd import __version__, eventloop, journal
 from offloadd.backends import discover
 from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, json_schema, load, read_sources, render_json
 from offloadd.daemon import serve
@@ -41,7 +41,7 @@ def run(
 ) -> None:
     """Run the daemon until SIGTERM. SIGHUP reloads the config, as does a change of its file."""
     journal.set_up()
-    asyncio.run(serve(config, discover(), manager=Manager.from_environment()))
+    eventloop.run(serve(config, discover(), manager=Manager.from_environment()))
 
 
 @app.command()

@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 from aiohttp import http_parser, web
 
-from offloadd import __version__
+from offloadd import __version__, eventloop
 from offloadd.api.app import Door, answer_headers, as_seen, build_app, request_id
 from offloadd.api.borrow import borrow_route
 from offloadd.api.caller import caller
@@ -173,7 +173,7 @@ class Daemon:
             )
             tasks = [group.create_task(loop) for loop in loops]
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
-            log.info("offloadd %s started", __version__, extra=about(EventKind.DAEMON_STARTED))
+            log.info("offloadd %s started, on %s", __version__, eventloop.NAME, extra=about(EventKind.DAEMON_STARTED))
             started(self)
             self._service.ready()
             await self._leaving.wait()
