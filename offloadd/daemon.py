@@ -25,7 +25,7 @@ from offloadd.api.metrics import PictureCollector
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models
 from offloadd.api.service import Service
-from offloadd.backends.base import Backend
+from offloadd.backends.base import Backend, backend_of
 from offloadd.chronicle import Chronicle, registry_of
 from offloadd.clock import Clock, SystemClock
 from offloadd.config import render_json
@@ -454,7 +454,7 @@ class Daemon:
     def _api(self, spec: ModelSpec, name: BackendName) -> EngineApi:
         """What the engine speaks for this model; no more than the usual where its adapter is not known any more."""
         engine = self._store.applied.desired.engines.get(name)
-        backend = self._backends.get(engine.adapter) if engine else None
+        backend = backend_of(self._backends, engine)
         return backend.api(spec) if backend else EngineApi()
 
     def _decision(self, model: ModelName) -> Decision | None:
@@ -462,7 +462,7 @@ class Daemon:
 
     def _cancels_only_streams(self, name: BackendName) -> bool:
         engine = self._store.applied.desired.engines.get(name)
-        backend = self._backends.get(engine.adapter) if engine else None
+        backend = backend_of(self._backends, engine)
         return backend is not None and backend.cancels_only_streams
 
     def _list_problems(self, wall: float) -> list[Problem]:

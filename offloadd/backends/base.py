@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from offloadd.state.desired import BackendOptions, Engine, ModelSpec
+from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
 from offloadd.state.ids import DeviceKind
 from offloadd.state.launch import (
     Endpoint,
@@ -23,6 +23,7 @@ from offloadd.state.launch import (
     Placement,
     ProbeReply,
     Probes,
+    SourceNeed,
     VramEstimate,
 )
 
@@ -30,21 +31,73 @@ from offloadd.state.launch import (
 class Backend(Protocol):
     """One engine. `options` are the typed fields that it offers under a model."""
 
-    name: str
-    title: str
-    options: type[BackendOptions]
-    default_command: tuple[str, ...]
-    preference: int
-    reads: tuple[str, ...]
-    """File name endings that it can load; empty when it takes anything."""
-    reads_hub_ids: bool
-    """Whether it can load `ORG/NAME` from a hub by itself."""
-    cancels_only_streams: bool
-    """True when a client that leaves ends a streaming request only, and any other runs to its end."""
-    version_argv: tuple[str, ...]
-    """Arguments that make the program print its version and exit."""
-    devices_argv: tuple[str, ...]
-    """Arguments that make it list the GPUs that it can use and exit; empty when it cannot."""
+    @property
+    def name(self) -> str:
+        """What configs call it."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def kind(self) -> BackendKind:
+        """Whether it is an engine of its own, or stands for all that a config describes."""
+        ...
+
+    @property
+    def options(self) -> type[BackendOptions]:
+        """Its typed options under a model."""
+        ...
+
+    @property
+    def default_command(self) -> tuple[str, ...]:
+        """How it is started where the config does not say."""
+        ...
+
+    @property
+    def preference(self) -> int:
+        """Breaks ties between engines: the lowest wins."""
+        ...
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """File name endings that it can load; empty when it takes whatever no other engine claims."""
+        ...
+
+    @property
+    def reads_hub_ids(self) -> bool:
+        """Whether it can load `ORG/NAME` from a hub by itself."""
+        ...
+
+    @property
+    def cancels_only_streams(self) -> bool:
+        """True when a client that leaves ends a streaming request only, and any other runs to its end."""
+        ...
+
+    @property
+    def more_ports(self) -> int:
+        """How many ports each instance needs beside the one that it serves on."""
+        ...
+
+    @property
+    def version_argv(self) -> tuple[str, ...]:
+        """Arguments that make the program print its version and exit; empty when it cannot in reasonable time."""
+        ...
+
+    @property
+    def devices_argv(self) -> tuple[str, ...]:
+        """Arguments that make it list the GPUs that it can use and exit; empty when it cannot."""
+        ...
+
+    def bound(self, engine: Engine) -> Backend:
+        """The adapter for one engine of the config: what a custom one does depends on what the config says of it."""
+        ...
+
+    def source_need(self, source: str) -> SourceNeed:
+        """What must be found of this source before it can start."""
+        ...
 
     def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
         """Kinds of GPUs in that list; None when the text is no such list."""
@@ -54,8 +107,8 @@ class Backend(Protocol):
         """Other files that it loads beside the model, as the config names them; they come in `ModelFacts.companions`."""
         ...
 
-    def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate:
-        """Predict the memory of one instance."""
+    def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate | None:
+        """Predict the memory of one instance; None when nothing is known to go by."""
         ...
 
     def launch(self, engine: Engine, spec: ModelSpec, facts: ModelFacts, placement: Placement, endpoint: Endpoint) -> Launch:
@@ -83,16 +136,37 @@ NOWHERE = Placement(reserved={})
 NO_ENDPOINT = Endpoint(host="127.0.0.1", port=0)
 
 
+def backend_of(backends: Mapping[str, Backend], engine: Engine | None) -> Backend | None:
+    """The adapter that speaks for one engine of the config; None when this version has none."""
+    found = backends.get(engine.adapter) if engine else None
+    return found.bound(engine) if found and engine else None
+
+
 def fingerprint(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelFacts) -> str:
     """Hash all that reaches the engine, with a neutral endpoint: a change means that a running instance is stale.
 
     It is taken over the launch itself, so no list of launch-relevant fields has to be kept up beside the adapters; only what
     placement is made from is added, since a launch for nowhere does not show it.
     """
-    launch = backend.launch(engine, spec, facts, NOWHERE, NO_ENDPOINT)
-    where = (spec.devices, spec.gpu_layers, spec.partial, spec.vram)
+    endpoint = replace(NO_ENDPOINT, more=(0,) * backend.more_ports)
+    launch = backend.launch(engine, spec, facts, NOWHERE, endpoint)
+    where = (spec.devices, spec.gpu_layers, spec.partial, spec.vram) if backend.kind is not BackendKind.EXTERNAL else ()
     text = json.dumps([engine.name, launch.argv, sorted(launch.env.items()), where])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def visible(placement: Placement) -> dict[str, str]:
+    """Let it see its own GPUs and no others. By UUID, which means nothing to the other vendor's driver, and so hides its cards."""
+    names = ",".join(gpu.name for gpu in placement.gpus)
+    return {"CUDA_VISIBLE_DEVICES": names, "ROCR_VISIBLE_DEVICES": names}
+
+
+def listed(body: bytes) -> set[str]:
+    """Names in an answer of `/v1/models`; none when it is no such answer."""
+    try:
+        return {str(entry["id"]) for entry in json.loads(body)["data"]}
+    except (ValueError, KeyError, TypeError):
+        return set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +189,13 @@ def match_exit(patterns: Sequence[ExitPattern], log_tail: Sequence[str]) -> Exit
         for line in reversed(log_tail):
             found = entry.pattern.search(line)
             if found:
-                text = entry.message.format(**{name: value or "" for name, value in found.groupdict().items()})
-                return ExitCause(kind=entry.kind, message=text, hint=entry.hint, permanent=entry.permanent)
+                text = _filled(entry.message, found)
+                return ExitCause(kind=entry.kind, message=text, hint=_filled(entry.hint, found), permanent=entry.permanent)
     return None
+
+
+def _filled(text: str, found: re.Match[str]) -> str:
+    return text.format(**{name: value or "" for name, value in found.groupdict().items()}) if "{" in text else text
 
 
 def default_exit(status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:

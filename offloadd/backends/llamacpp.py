@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from offloadd.backends.base import ExitPattern, default_exit, match_exit
+from offloadd.backends.base import ExitPattern, default_exit, listed, match_exit, visible
 from offloadd.backends.memory import LlamaMemory, llama_memory
-from offloadd.state.desired import BackendOptions, Engine, ModelSpec
+from offloadd.backends.words import fill
+from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
 from offloadd.state.ids import DeviceKind
 from offloadd.state.launch import (
     Endpoint,
@@ -26,6 +26,7 @@ from offloadd.state.launch import (
     Probe,
     ProbeReply,
     Probes,
+    SourceNeed,
     VramEstimate,
 )
 from offloadd.state.shape import ModelShape
@@ -191,14 +192,24 @@ class LlamaCpp:
 
     name = "llamacpp"
     title = "llama.cpp"
+    kind = BackendKind.BUILTIN
     options: type[BackendOptions] = LlamaCppOptions
-    default_command = ("llama-server",)
+    default_command: tuple[str, ...] = ("llama-server",)
     preference = 1
-    reads = (".gguf",)
+    reads: tuple[str, ...] = (".gguf",)
     reads_hub_ids = False
     cancels_only_streams = True
-    version_argv = ("--version",)
-    devices_argv = ("--list-devices",)
+    more_ports = 0
+    version_argv: tuple[str, ...] = ("--version",)
+    devices_argv: tuple[str, ...] = ("--list-devices",)
+
+    def bound(self, engine: Engine) -> LlamaCpp:
+        """The same for every engine."""
+        return self
+
+    def source_need(self, source: str) -> SourceNeed:
+        """A file."""
+        return SourceNeed.DISK
 
     def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
         """Lines such as `CUDA0: NVIDIA GeForce RTX 3060 (12288 MiB, 11650 MiB free)` below `Available devices:`.
@@ -249,10 +260,11 @@ class LlamaCpp:
             *spec.args,
         ]
         # On an abort ggml would fork a debugger on itself and wait for it.
-        env = {"GGML_NO_BACKTRACE": "1", **_visible(placement), **engine.env, **spec.env}
+        env = {"GGML_NO_BACKTRACE": "1", **visible(placement), **engine.env, **spec.env}
         if endpoint.key:
             env["LLAMA_API_KEY"] = endpoint.key  # not an argument: those are for all users to read
-        return Launch(argv=tuple(argv), env=env)
+        stop = fill(engine.stop_command, spec, facts, endpoint)
+        return Launch(argv=fill(argv, spec, facts, endpoint), env=env, stop=stop)
 
     def probes(self, spec: ModelSpec) -> Probes:
         """`/health` tells loading from loaded, `/v1/models` that it is our model, `/slots` that its main loop turns."""
@@ -268,7 +280,7 @@ class LlamaCpp:
         if reply.status == 503:
             return Health.LOADING
         if path == "/v1/models":
-            return Health.READY if reply.status == 200 and spec.name in _listed(reply.body) else Health.SILENT
+            return Health.READY if reply.status == 200 and spec.name in listed(reply.body) else Health.SILENT
         if path == "/slots" and reply.status in (404, 501):
             return Health.READY  # switched off by the operator's args: then nothing better is known
         return Health.READY if reply.status == 200 else Health.SILENT
@@ -364,12 +376,6 @@ def _device_flags(placement: Placement) -> tuple[str, ...]:
     return ("--n-gpu-layers", "all", "--split-mode", "layer", "--tensor-split", shares)
 
 
-def _visible(placement: Placement) -> dict[str, str]:
-    """Let it see its own GPUs and no others. By UUID, which means nothing to the other vendor's driver, and so hides its cards."""
-    names = ",".join(gpu.name for gpu in placement.gpus)
-    return {"CUDA_VISIBLE_DEVICES": names, "ROCR_VISIBLE_DEVICES": names}
-
-
 def _option_flags(options: LlamaCppOptions, companions: Mapping[str, ModelFacts]) -> Iterator[str]:
     valued: tuple[tuple[str, object], ...] = (
         ("--flash-attn", options.flash_attention),
@@ -398,13 +404,6 @@ def _option_flags(options: LlamaCppOptions, companions: Mapping[str, ModelFacts]
 def _found(name: str, companions: Mapping[str, ModelFacts]) -> str:
     """Where the file is; as the config names it when it has not been looked for."""
     return companions[name].path if name in companions else name
-
-
-def _listed(body: bytes) -> set[str]:
-    try:
-        return {str(entry["id"]) for entry in json.loads(body)["data"]}
-    except (ValueError, KeyError, TypeError):
-        return set()
 
 
 BACKEND = LlamaCpp()

@@ -7,31 +7,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from offloadd.backends.base import Backend
+from offloadd.state.desired import BackendKind
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Builtin:
-    """A built-in engine as far as configs go; `adapter` is None for one that this version cannot start yet."""
+    """A built-in engine as far as configs go."""
 
     name: str
     command: tuple[str, ...]
     preference: int
-    adapter: Backend | None = None
-
-
-_COMING = (
-    Builtin("vllm", ("vllm", "serve"), 2),
-    Builtin("tgi", ("text-generation-launcher",), 3),
-)
+    adapter: Backend
 
 
 def builtins(backends: Mapping[str, Backend]) -> dict[str, Builtin]:
     """Every built-in engine by name, the best first."""
-    known = {engine.name: engine for engine in _COMING}
-    for name, adapter in backends.items():
-        known[name] = Builtin(name, adapter.default_command, adapter.preference, adapter)
+    known = {
+        name: Builtin(name, adapter.default_command, adapter.preference, adapter)
+        for name, adapter in backends.items()
+        if adapter.kind is BackendKind.BUILTIN
+    }
     return dict(sorted(known.items(), key=lambda item: (item[1].preference, item[0])))
 
 
@@ -42,11 +39,9 @@ def is_hub_id(source: str, backends: Mapping[str, Backend]) -> bool:
 
 def can_read(engine: Builtin, source: str, backends: Mapping[str, Backend]) -> bool:
     """Whether `engine` can load `source`, as far as its name tells."""
-    if engine.adapter is None:
-        return not _claimed(source, backends)
     if is_hub_id(source, backends):
         return engine.adapter.reads_hub_ids
-    return not engine.adapter.reads or source.lower().endswith(engine.adapter.reads)
+    return source.lower().endswith(engine.adapter.reads) if engine.adapter.reads else not _claimed(source, backends)
 
 
 def _claimed(source: str, backends: Mapping[str, Backend]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from offloadd.backends.base import Backend
 from offloadd.config.decode import MAX_REPORTED, Decoded
-from offloadd.config.diagnostics import Diagnostic, did_you_mean, error, note, warning
+from offloadd.config.diagnostics import Diagnostic, did_you_mean, error, warning
 from offloadd.config.door import access, check_door
 from offloadd.config.engines import Builtin, builtins, can_read, is_hub_id
 from offloadd.config.nodes import Node, Path, find
@@ -24,6 +24,7 @@ from offloadd.state.desired import (
     Engine,
     ModelSpec,
     QueueLimits,
+    ReadyRule,
     Replicas,
     RequestRules,
     RestartPolicy,
@@ -165,9 +166,7 @@ def _check_engine(scope: _Scope, path: Path, engine: str, section: ModelSection)
     known = scope.builtin.get(engine)
     if known is None:
         return
-    if known.adapter is None:
-        scope.found.append(note(scope.node(*path).mark, f'accepted, but "{engine}" is not started yet'))
-    elif is_hub_id(section.sources.get(engine, section.source), scope.backends) and not known.adapter.reads_hub_ids:
+    if is_hub_id(section.sources.get(engine, section.source), scope.backends) and not known.adapter.reads_hub_ids:
         # Only this is sure. A file may have any ending, and whoever names an engine for it may know better.
         message = f"{known.adapter.title} loads files ({', '.join(known.adapter.reads)}), and the source is a hub id"
         scope.error(path, message, f"give it a file of its own: sources: {{{engine}: …}}")
@@ -179,12 +178,11 @@ def _default_engines(scope: _Scope, path: Path, section: ModelSection) -> tuple[
     ranked = sorted(scope.engine_names, key=lambda name: (preferences[name], name))
     chosen = [name for name in ranked if _offers(scope, name, section)]
     if not chosen:
-        readable = "; ".join(f"{one.name} reads {', '.join(one.adapter.reads)}" for one in scope.builtin.values() if one.adapter)
+        readable = "; ".join(
+            f"{one.name} reads {', '.join(one.adapter.reads)}" for one in scope.builtin.values() if one.adapter.reads
+        )
         message = f'no engine can read "{scope.written(*path, "source")}" ({readable})'
         scope.error((*path, "source"), message, "name the engine that can: backends: […]")
-    elif all(name in scope.builtin and scope.builtin[name].adapter is None for name in chosen):
-        mark = scope.node(*path, "source").mark
-        scope.found.append(note(mark, f"accepted, but the engines that read it ({', '.join(chosen)}) are not started yet"))
     return tuple(BackendName(name) for name in chosen)
 
 
@@ -226,8 +224,6 @@ def _check_backends(scope: _Scope) -> None:
             scope.error((*path, "kind"), f'"{name}" is built in and has no kind', "take another name for an engine of your own")
         elif name in scope.builtin:
             _check_owned(scope, path, section.args, section.env)
-            if scope.builtin[name].adapter is None:
-                scope.found.append(note(find(scope.root, path)[0].key, f'accepted, but "{name}" is not started yet'))
 
 
 def _check_names(scope: _Scope) -> None:
@@ -292,6 +288,11 @@ def _engine(scope: _Scope, name: BackendName, section: BackendSection) -> Engine
         args=section.args,
         env=section.env,
         preference=_preference(scope, name),
+        stop_command=section.stop_command or (),
+        ready=ReadyRule(path=section.health.path, status=section.health.ready_status) if section.health else ReadyRule(),
+        api=(section.inference.path if section.inference else "/v1").rstrip("/"),
+        url=section.url or "",
+        key=section.key or "",
     )
 
 

@@ -157,20 +157,23 @@ class CustomInference(Section):
     """What a custom engine's API looks like."""
 
     path: Annotated[str, Field(pattern=r"^/", max_length=1024)] = "/v1"
-    """Where its API begins."""
-    format: Literal["openai", "anthropic", "ollama", "tgi"] = "openai"
+    """Where its OpenAI API begins, in place of `/v1`."""
+    format: Annotated[
+        Literal["openai", "anthropic", "ollama", "tgi"],
+        NotYet("requests are sent in OpenAI's format whatever it says", lambda value: value != "openai"),
+    ] = "openai"
     """The dialect that it speaks."""
 
 
 class BackendSection(Section):
     """One engine. Built-in ones need no entry; others say of which `kind` they are."""
 
-    kind: Annotated[
-        Literal["custom", "external"] | None, NotYet('engines of kind "custom" and "external" are not started or routed to yet')
-    ] = None
+    kind: Literal["custom", "external"] | None = None
     """`custom`: a program that we start by `command`. `external`: a server that runs elsewhere, at `url`."""
     command: fields.Command | None = None
-    """Program and leading arguments. A custom one may use `${port}`, `${source}` and `${model}`."""
+    """Program and leading arguments. `${port}`, `${source}` and `${model}` are filled in when it starts."""
+    stop_command: fields.Command | None = None
+    """Ends the server where signals to `command` do not reach it, as in `podman stop …`; `${port}` and `${model}` as there."""
     args: fields.Words = ()
     """Arguments for every model, appended as they are."""
     env: fields.Environment = Field(default_factory=dict)
@@ -191,7 +194,7 @@ class BackendSection(Section):
         needs = {"custom": "command", "external": "url"}.get(self.kind or "")
         if needs and getattr(self, needs) is None:
             raise refused(f'an engine of kind "{self.kind}" needs {needs}', at="kind")
-        foreign = {"custom": ("url", "key"), "external": ("command", "args", "env", "health", "inference")}
+        foreign = {"custom": ("url", "key"), "external": ("command", "stop_command", "args", "env", "health", "inference")}
         for name in foreign.get(self.kind or "", ("health", "inference", "url", "key")):
             if name in self.model_fields_set:
                 raise refused(f"does not belong to {_kind_title(self.kind)}", at=name)

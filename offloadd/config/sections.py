@@ -16,7 +16,7 @@ from pydantic import Field, Strict, create_model
 from offloadd.backends.base import Backend
 from offloadd.config import fields
 from offloadd.config.engines import builtins
-from offloadd.config.schema import ConfigFile, ModelSection, NotYet, Section
+from offloadd.config.schema import ConfigFile, ModelSection, Section
 from offloadd.state.desired import BackendOptions
 from offloadd.units import Bytes, Seconds
 
@@ -36,16 +36,11 @@ def _config_model(adapters: tuple[tuple[str, Backend], ...]) -> type[ConfigFile]
     known = dict(adapters)
     sections: dict[str, Any] = {}
     for name, engine in builtins(known).items():
-        sections[name] = _open_section(name) if engine.adapter is None else _typed_section(engine.adapter)
+        sections[name] = _typed_section(engine.adapter)
     model = create_model("Model", __base__=ModelSection, __doc__=ModelSection.__doc__, **sections)
     described: Any = Field(default_factory=dict, description=ConfigFile.model_fields["models"].description)
     models: Any = (dict[fields.ModelKey, model], described)
     return create_model("Config", __base__=ConfigFile, __doc__=ConfigFile.__doc__, models=models)
-
-
-def _open_section(name: str) -> tuple[Any, Any]:
-    later = NotYet(f"{name} is not started yet, so its options are not looked at")
-    return Annotated[dict[str, Any] | None, later], Field(None, description=f"Options of {name}.")
 
 
 def _typed_section(adapter: Backend) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from offloadd.backends.base import Backend
 from offloadd.environment import engine_environment
 from offloadd.observe.devices.aside import aside
-from offloadd.state.desired import Engine
+from offloadd.state.desired import BackendKind, Engine
 from offloadd.state.ids import DeviceKind
 from offloadd.state.observed import EngineView
 from offloadd.units import Seconds
@@ -38,6 +38,8 @@ class EngineFinder:
 
     async def look(self, engine: Engine) -> EngineView:
         """Find one engine's program; what is wrong is said in the view."""
+        if engine.kind is BackendKind.EXTERNAL:
+            return EngineView(name=engine.name, gpus=frozenset())
         backend = self._backends.get(engine.adapter)
         if backend is None:
             problem = f"this version of offloadd cannot run {engine.adapter} yet"
@@ -60,7 +62,7 @@ class EngineFinder:
         key = (engine.name, identity, engine.command, tuple(sorted(engine.env.items())))
         if key in self._said:
             return self._said[key]
-        version = await _run(engine, path, backend.version_argv)
+        version = await _run(engine, path, backend.version_argv) if backend.version_argv else ""
         devices = await _run(engine, path, backend.devices_argv) if backend.devices_argv else ""
         said = _Said(_version_in(version or ""), backend.read_devices(devices or ""))
         if version is not None and devices is not None:

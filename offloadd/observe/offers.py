@@ -13,6 +13,9 @@ from offloadd.state.launch import Candidate, Footprint, ModelFacts, VramEstimate
 from offloadd.state.observed import EngineView
 from offloadd.units import Bytes, format_bytes
 
+_UNKNOWN = "how much memory it needs cannot be worked out: its files are not on this disk"
+_SAY_SO = "set vram, or have the model downloaded beforehand"
+
 
 def make_offer(
     backend: Backend, engine: Engine, view: EngineView, spec: ModelSpec, facts: ModelFacts, footprints: Mapping[str, Footprint]
@@ -22,7 +25,10 @@ def make_offer(
     estimate = backend.estimate(spec, facts)
     key, former = footprint_key(backend, engine, view.version, spec, facts), _former_key(facts, mark, view.version)
     known = footprints.get(key) or footprints.get(former)
-    if known is not None and spec.vram == "auto":
+    if estimate is None:
+        return Candidate(backend=engine.name, facts=facts, fingerprint=mark, problem=_UNKNOWN, hint=_SAY_SO)
+    # What it took of its promise says nothing of what it needs, where it takes all that it is promised.
+    if known is not None and spec.vram == "auto" and not estimate.elastic:
         estimate = as_learned(estimate, known.peak)
     return Candidate(
         backend=engine.name,

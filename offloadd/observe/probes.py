@@ -1,4 +1,4 @@
-"""HTTP probes of instances: one GET on a connection of its own, bounded in time and size."""
+"""HTTP probes of instances: one request on a connection of its own, bounded in time and size."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ class Prober:
         """Never raises for what the instance does or does not answer."""
         timeout = aiohttp.ClientTimeout(total=probe.timeout)
         try:
-            url, shown = endpoint.url + probe.path, endpoint.headers
-            async with self._session.get(url, timeout=timeout, headers=shown, allow_redirects=False) as answer:
+            method, headers = ("POST", {"Content-Type": "application/json"}) if probe.body else ("GET", {})
+            headers = {**headers, **endpoint.headers}
+            url = endpoint.url + endpoint.at(probe.path)
+            async with self._session.request(
+                method, url, data=probe.body or None, headers=headers, timeout=timeout, allow_redirects=False
+            ) as answer:
                 body = b""
                 while len(body) < _MAX_BODY and (chunk := await answer.content.read(_MAX_BODY - len(body))):
                     body += chunk

@@ -8,19 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from offloadd.backends.base import Backend
+from offloadd.backends.base import Backend, backend_of
 from offloadd.observe.devices import DeviceReader
 from offloadd.observe.devices.aside import aside
 from offloadd.observe.engines import EngineFinder
 from offloadd.observe.holdings import Holdings, measure
 from offloadd.observe.offers import make_offer
-from offloadd.observe.sources import Sources
+from offloadd.observe.sources import Sources, hub_folders
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, DeviceId, DeviceKind, ModelName
-from offloadd.state.launch import Candidate, Footprint, ModelFacts
+from offloadd.state.launch import Candidate, Footprint, ModelFacts, SourceNeed
 from offloadd.state.observed import DeviceView, EngineView, InstanceState, ObservedState
 from offloadd.state.shape import ModelShape
-from offloadd.units import Seconds
+from offloadd.units import Bytes, Seconds
 
 T = TypeVar("T")
 
@@ -97,7 +97,8 @@ class Observer:
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
         folders = desired.storage.models_path
-        facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders))
+        hubs = hub_folders(engine.env for engine in desired.engines.values())
+        facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders, hubs))
         self._facts = self._facts if facts is None else facts
         await self._read_memory(pids)
         self.consider(desired)
@@ -148,7 +149,7 @@ class Observer:
     def _candidate(self, desired: DesiredState, spec: ModelSpec, name: BackendName) -> Candidate:
         engine = desired.engines[name]
         view = self.engines.get(name)
-        backend = self._backends.get(engine.adapter)
+        backend = backend_of(self._backends, engine)
         facts = self._facts_of(spec, name, backend)
         if view is not None and (backend is None or view.problem):
             return Candidate(backend=name, facts=facts, problem=view.problem, hint=view.hint)
@@ -165,13 +166,17 @@ class Observer:
         """Every file that the config names."""
         for spec in desired.models.values():
             for name in spec.backends:
-                yield spec.source_for(name)
-                backend = self._backends.get(desired.engines[name].adapter)
+                backend = backend_of(self._backends, desired.engines[name])
+                if backend is None or backend.source_need(spec.source_for(name)) is not SourceNeed.NOTHING:
+                    yield spec.source_for(name)
                 yield from backend.companions(spec) if backend else ()
 
     def _facts_of(self, spec: ModelSpec, name: BackendName, backend: Backend | None) -> ModelFacts:
         """Facts of the model's own file; the first of its companions that cannot be loaded is a problem of the whole."""
-        facts = self._facts.get(spec.source_for(name), ModelFacts())
+        source = spec.source_for(name)
+        if backend is not None and backend.source_need(source) is SourceNeed.NOTHING:
+            return ModelFacts(path=source, size=Bytes(0))
+        facts = self._facts.get(source, ModelFacts())
         beside = {path: self._facts.get(path, ModelFacts()) for path in (backend.companions(spec) if backend else ())}
         broken = next((each for each in beside.values() if each.problem), None)
         if broken and not facts.problem:

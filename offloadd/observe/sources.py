@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from offloadd.units import Bytes
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_SHARDS = 999
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Sources:
@@ -27,9 +28,9 @@ class Sources:
         self._shapes: dict[str, ModelShape | str] = {}
         self._contents: dict[str, str] = {}
 
-    def read(self, sources: Sequence[str], models_path: Sequence[str]) -> dict[str, ModelFacts]:
-        """Facts of every source."""
-        found = {source: read_facts(source, models_path) for source in sources}
+    def read(self, sources: Sequence[str], models_path: Sequence[str], hubs: Sequence[str] = ()) -> dict[str, ModelFacts]:
+        """Facts of every source; what is not on disk and looks like a hub id is one. `hubs` are folders of what was downloaded."""
+        found = {source: _read(source, models_path, hubs) for source in sources}
         present = {facts.identity for facts in found.values()}
         self._shapes = {identity: shape for identity, shape in self._shapes.items() if identity in present}
         self._contents = {identity: content for identity, content in self._contents.items() if identity in present}
@@ -48,12 +49,43 @@ class Sources:
     def _with_shape(self, facts: ModelFacts) -> ModelFacts:
         if facts.identity not in self._shapes:
             try:
-                self._shapes[facts.identity] = self._read_shape(Path(facts.path))
+                self._shapes[facts.identity] = self._read_shape(Path(facts.read_from or facts.path))
             except PermanentError as error:
                 self._shapes[facts.identity] = error.message
         shape = self._shapes[facts.identity]
         # A header that we cannot read is for the engine to judge: it may know more, or say better what is wrong.
         return facts if isinstance(shape, str) else replace(facts, shape=shape)
+
+
+def hub_folders(environments: Iterable[Mapping[str, str]]) -> tuple[str, ...]:
+    """Where engines with these variables keep what they download from a hub."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
+    found = [*(_hub_of(each) for each in environments), f"{cache}/huggingface/hub"]
+    return tuple(dict.fromkeys(folder for folder in found if folder))
+
+
+def _hub_of(env: Mapping[str, str]) -> str:
+    home = env.get("HF_HOME")
+    return env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or (f"{home}/hub" if home else "")
+
+
+def _read(source: str, models_path: Sequence[str], hubs: Sequence[str]) -> ModelFacts:
+    facts = read_facts(source, models_path)
+    return facts if facts.path or _HUB_ID.fullmatch(source) is None else _hub_facts(source, hubs)
+
+
+def _hub_facts(source: str, hubs: Sequence[str]) -> ModelFacts:
+    """What a download has left of it; where there is none, the engine will fetch it."""
+    for hub in hubs:
+        kept = Path(hub) / f"models--{source.replace('/', '--')}"
+        try:
+            snapshot = kept / "snapshots" / (kept / "refs" / "main").read_text().strip()
+            facts = _facts_of(snapshot)
+        except OSError:
+            continue
+        if not facts.problem:
+            return replace(facts, path=source, read_from=facts.path)
+    return ModelFacts(path=source, size=Bytes(0))
 
 
 def read_facts(source: str, models_path: Sequence[str]) -> ModelFacts:

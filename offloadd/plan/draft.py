@@ -22,7 +22,8 @@ from offloadd.state.actions import (
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import LOCAL, DeviceId, InstanceId, ModelName
-from offloadd.state.observed import LEAVING, InstanceState, InstanceView, ObservedState
+from offloadd.state.launch import Placement
+from offloadd.state.observed import LEAVING, SETTLING, InstanceState, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant, counted
 
 
@@ -115,6 +116,15 @@ class Draft:
     def adopt(self, view: InstanceView, why: str) -> None:
         """Take over an orphan; its memory is on the books already."""
         self._actions[view.id] = AdoptInstance(instance=view.id, why=why)
+
+    def loads_there(self, placement: Placement) -> InstanceId | None:
+        """Who loads on one of these GPUs, where that one or the one to be placed sizes itself by what it finds there."""
+        loading = [(view.id, view.placement) for view in self.observed.instances.values() if view.state in SETTLING]
+        loading += [(key, action.placement) for key, action in self._actions.items() if isinstance(action, StartInstance)]
+        for instance, other in sorted(loading, key=lambda each: each[0]):
+            if (placement.elastic or other.elastic) and set(placement.gpus) & set(other.gpus):
+                return instance
+        return None
 
     def grant(self, action: GrantLoan) -> None:
         """Lend memory, and take it out of the room."""

@@ -69,6 +69,8 @@ def place(need: VramEstimate, spec: ModelSpec, room: Room, site: Site, usable: K
     that is left with the least room; then as few as possible, each with a share of the layers; then, with `partial`, as many layers
     on one GPU as fit. `usable` are the kinds of GPUs that the engine can use, None when that is not known.
     """
+    if not need.total and not need.on_host and not need.host:
+        return Placement(reserved={})  # it runs elsewhere
     if not room:
         return NoRoom(need=need.total, why=site.blind)
     gpus = _gpus(spec, site, usable)
@@ -77,7 +79,16 @@ def place(need: VramEstimate, spec: ModelSpec, room: Room, site: Site, usable: K
     if not gpus:
         return _on_host(need, room, site)
     found = _on_gpus(need, spec, room, gpus, site)
-    return found or _short(need, spec, room, site, gpus)
+    return _as_found(found, need, site) if found else _short(need, spec, room, site, gpus)
+
+
+def _as_found(placement: Placement, need: VramEstimate, site: Site) -> Placement:
+    """For an engine that sizes itself: how large its cards are, and how full."""
+    if not need.elastic:
+        return placement
+    views = {gpu: site.devices[gpu] for gpu in placement.gpus}
+    whole, used = {gpu: view.total for gpu, view in views.items()}, {gpu: view.used for gpu, view in views.items()}
+    return replace(placement, whole=whole, used=used, elastic=True)
 
 
 def fits(reserved: Mapping[DeviceId, Bytes], room: Room, site: Site) -> bool:
@@ -137,7 +148,8 @@ def _on_gpus(need: VramEstimate, spec: ModelSpec, room: Room, gpus: Sequence[Dev
         single = _on_one(need, room, gpus, site)
         if single:
             return single
-    divided = _divided(need, room, gpus, site, exactly=spec.devices != "auto")
+    exactly = spec.devices != "auto"
+    divided = _divided(need, room, gpus, site, exactly=exactly) or _evenly(need, room, gpus, site, exactly=exactly)
     if divided or not spec.partial or not need.layers:
         return divided
     counts = range(len(need.layers) - 1, 0, -1)
@@ -182,6 +194,18 @@ def _divided(need: VramEstimate, room: Room, gpus: Sequence[DeviceId], site: Sit
         division = _division(need, chosen, counts) if counts else None
         if division and fits(division.reserved, room, site):
             return division
+    return None
+
+
+def _evenly(need: VramEstimate, room: Room, gpus: Sequence[DeviceId], site: Site, *, exactly: bool) -> Placement | None:
+    """The same part on each of as few GPUs as will do, the roomiest; with `exactly`, on all of them."""
+    whole = [gpu for gpu in gpus if not site.devices[gpu].slice_of]
+    roomiest = sorted(whole, key=lambda gpu: (-room.get(gpu, 0), gpus.index(gpu)))
+    for count, size in sorted(need.even.items()):
+        chosen = sorted(roomiest[:count], key=gpus.index)
+        reserved = _with_host(dict.fromkeys(chosen, size), need.host)
+        if len(chosen) == count and (count == len(gpus) or not exactly) and fits(reserved, room, site):
+            return Placement(reserved=reserved, gpus=tuple(chosen))
     return None
 
 

@@ -20,7 +20,7 @@ from offloadd.state.launch import Candidate, Placement, VramEstimate
 from offloadd.state.observed import LEAVING, InstanceState, InstanceView
 from offloadd.units import Instant, format_seconds
 
-_HOPE = (ModelState.STARTING, ModelState.STOPPING, ModelState.BACKOFF, ModelState.FAILED)
+_HOPE = (ModelState.WAITING, ModelState.STARTING, ModelState.STOPPING, ModelState.BACKOFF, ModelState.FAILED)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,6 +183,11 @@ def _start_one(
     for candidate, need in offers:
         attempt = partial(place, need, want.spec, site=draft.site, usable=candidate.gpus)
         answer = attempt(draft.ledger.room)
+        if isinstance(answer, Placement) and (ahead := draft.loads_there(answer)):
+            draft.ledger.claim(answer.reserved)
+            sentence = f"waits until {ahead} has loaded: an engine that measures its GPU must be alone on it meanwhile"
+            _rule_out(outcome, candidate, ModelState.WAITING, sentence)
+            return None
         if isinstance(answer, Placement):
             action = StartInstance(
                 instance=draft.next_id(want.spec.name), spec=want.spec, candidate=candidate, placement=answer, why=want.why

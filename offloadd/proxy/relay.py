@@ -16,6 +16,7 @@ from offloadd.proxy.downstream import Stream
 from offloadd.proxy.headers import Fields
 from offloadd.proxy.leases import Lease
 from offloadd.proxy.upstream import Connection, Head, Pool
+from offloadd.state.launch import Endpoint
 from offloadd.units import Seconds
 
 MAX_BUFFERED = 64 * 2**20
@@ -43,9 +44,10 @@ class Call:
     upgrade: bytes = b""
     """The protocol that the connection is to change to."""
 
-    def head(self, authority: str) -> bytes:
-        """The request's head, framed."""
-        start = headers.request_head(self.method, self.path, authority, self.fields, self.own)
+    def head(self, endpoint: Endpoint) -> bytes:
+        """The request's head, framed, for a server that may have its API elsewhere than below `/v1`."""
+        authority = upstream.authority(endpoint)
+        start = headers.request_head(self.method, endpoint.at(self.path), authority, self.fields, self.own)
         if self.upgrade:
             return b"%bConnection: Upgrade\r\nUpgrade: %b\r\n\r\n" % (start, self.upgrade)
         if self.upload is not None and self.length is None:
@@ -124,7 +126,7 @@ class Exchange:
         call = self._call
         self._connection = connection
         call.account.sent = True
-        head = call.head(upstream.authority(self._lease.host.endpoint))
+        head = call.head(self._lease.host.endpoint)
         connection.send(self, head, call.body, bodiless=call.method == "HEAD")
         if call.upload is None:
             await self._done

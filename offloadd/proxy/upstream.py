@@ -6,6 +6,8 @@ No coroutine wakes for a piece of an answer: the socket's callback parses it and
 from __future__ import annotations
 
 import asyncio
+import functools
+import ssl
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -348,7 +350,8 @@ class Pool:
             if endpoint.host.startswith("/"):
                 await loop.create_unix_connection(lambda: connection, endpoint.host)
             else:
-                await loop.create_connection(lambda: connection, endpoint.host, endpoint.port)
+                secure = _certified() if endpoint.tls else None
+                await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=secure)
         self._open.add(connection)
         return connection
 
@@ -412,7 +415,13 @@ class Pool:
 
 def authority(endpoint: Endpoint) -> str:
     """What the `Host` header calls an instance."""
-    return "localhost" if endpoint.host.startswith("/") else f"{endpoint.host}:{endpoint.port}"
+    return "localhost" if endpoint.host.startswith("/") else endpoint.authority
+
+
+@functools.cache
+def _certified() -> ssl.SSLContext:
+    """What this machine trusts."""
+    return ssl.create_default_context()
 
 
 def _key(endpoint: Endpoint) -> str:

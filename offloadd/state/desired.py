@@ -93,6 +93,14 @@ class HealthPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadyRule:
+    """How a custom or external engine says that it is ready: the status of a GET."""
+
+    path: str = "/health"
+    status: int = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """One engine of the config's `backends`: how its server is started and ranked.
 
@@ -106,6 +114,15 @@ class Engine:
     args: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     preference: int = 9
+    stop_command: tuple[str, ...] = ()
+    """Ends a server that signals to `command` do not reach."""
+    ready: ReadyRule = field(default_factory=ReadyRule)
+    api: str = "/v1"
+    """Custom engines: where the OpenAI API begins."""
+    url: str = ""
+    """External engines: where the OpenAI API begins."""
+    key: str = field(default="", repr=False)
+    """External engines: the bearer token that it wants."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,17 +14,35 @@ from offloadd.units import Bytes, Seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where an instance listens; always loopback. Who asks there shows `key`, so that nobody on the machine goes past offloadd."""
+    """Where an instance listens: loopback, or wherever an external engine is."""
 
     host: str
     port: int
+    more: tuple[int, ...] = ()
+    """Further ports of its own, as many as its adapter asks for."""
+    tls: bool = False
+    api: str = "/v1"
+    """What stands for `/v1` in the paths of its OpenAI API."""
     key: str = field(default="", repr=False)
-    """Random for each launch; empty where the engine knows no keys."""
+    """Who asks there shows it: random for each launch, so that nobody on the machine goes past offloadd; an external engine's own;
+    empty where the engine knows no keys."""
 
     @property
     def url(self) -> str:
         """`http://host:port`, without a trailing slash."""
-        return f"http://{self.host}:{self.port}"
+        return f"{'https' if self.tls else 'http'}://{self.authority}"
+
+    @property
+    def authority(self) -> str:
+        """`host:port`, as a URL and the Host header write it; without the port where it is the scheme's own."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.tls and self.port == 443 else f"{host}:{self.port}"
+
+    def at(self, path: str) -> str:
+        """Where a path of ours is there: `/v1/…` within its API, any other beside it."""
+        if path == "/v1" or path.startswith(("/v1/", "/v1?")):
+            return self.api + path.removeprefix("/v1")
+        return self.api.removesuffix("/v1") + path
 
     @property
     def headers(self) -> dict[str, str]:
@@ -43,6 +61,12 @@ class Placement:
     reserved: Mapping[DeviceId, Bytes]
     gpus: tuple[DeviceId, ...] = ()
     split: tuple[int, ...] = ()
+    whole: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    """All memory of each of `gpus`, for engines that are told their part as a share of it."""
+    used: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    """What was used of it when this was decided."""
+    elastic: bool = False
+    """Whether the engine sizes itself by what it finds on its GPUs: nothing else may load there meanwhile."""
 
     @property
     def total(self) -> Bytes:
@@ -56,14 +80,17 @@ class Launch:
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    """A command that ends the server where signals to the program do not reach it; empty where they do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """One HTTP GET that tells something about an instance."""
+    """One HTTP request that tells something about an instance: a GET, or with a `body` a POST of JSON."""
 
     path: str
     timeout: Seconds = Seconds(2)
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +102,8 @@ class Probes:
 
     readiness: tuple[Probe, ...]
     liveness: Probe
+    canary: Probe | None = None
+    """The smallest piece of real work, for an instance that nobody uses; None where there is none that costs nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +184,16 @@ class ExitCause:
     permanent: bool = False
 
 
+class SourceNeed(StrEnum):
+    """What an engine must find of a model's source before it can be started."""
+
+    DISK = "disk"
+    """A file or folder."""
+    DISK_OR_HUB = "disk-or-hub"
+    """The same, or else a hub id, which it fetches by itself."""
+    NOTHING = "nothing"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """What is known of the files that an engine would load, read from disk.
@@ -164,6 +203,9 @@ class ModelFacts:
     """
 
     path: str = ""
+    """As the engine is given it: a file, a folder or a hub id."""
+    read_from: str = ""
+    """Where its headers lie, when that is not `path`."""
     size: Bytes | None = None
     identity: str = ""
     content: str = ""
@@ -195,6 +237,10 @@ class VramEstimate:
     """RAM beside a placement on GPUs."""
     on_host: Bytes | None = None
     """RAM when all of it runs on the CPU; None means `total`."""
+    even: Mapping[int, Bytes] = field(default_factory=dict)
+    """What each GPU takes when all of it is divided evenly over so many; empty when it cannot be."""
+    elastic: bool = False
+    """Whether it takes what it is promised, whatever that is: then nothing is learned from what it took."""
     learned: bool = False
     """Whether `total` was measured on earlier launches rather than worked out."""
     estimated: Bytes | None = None

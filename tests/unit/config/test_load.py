@@ -45,8 +45,11 @@ def messages(loaded):
 def test_defaults_are_those_of_the_desired_state():
     assert model() == ModelSpec(name="m", source="m.gguf", backends=("llamacpp",))
     state = read("models: {m: {source: m.gguf}}").desired
-    engine = Engine(name="llamacpp", adapter="llamacpp", command=("llama-server",), preference=1)
-    assert state == DesiredState(models=state.models, engines={"llamacpp": engine})
+    commands = (("llamacpp", ("llama-server",)), ("vllm", ("vllm", "serve")), ("tgi", ("text-generation-launcher",)))
+    engines = {
+        name: Engine(name=name, adapter=name, command=command, preference=rank) for rank, (name, command) in enumerate(commands, 1)
+    }
+    assert state == DesiredState(models=state.models, engines=engines)
 
 
 def test_every_kind_of_value_becomes_its_type():
@@ -73,11 +76,41 @@ def test_budgets_of_single_gpus_inherit_from_the_default():
     assert budget.gpus["1"].limit == 0
 
 
-def test_a_hub_id_goes_to_the_engines_that_load_them_with_a_note():
+def test_a_hub_id_goes_to_the_engines_that_load_them():
     loaded = read("models: {m: {source: Qwen/Qwen2.5-7B}}")
     assert loaded.desired.models["m"].backends == ("vllm", "tgi")
-    assert [entry.severity for entry in loaded.diagnostics] == [Severity.NOTE]
-    assert "not started yet" in loaded.diagnostics[0].message
+    assert not loaded.diagnostics
+
+
+def test_what_an_engine_of_ones_own_says_of_itself_reaches_the_engine():
+    custom = "{kind: custom, command: [x], stop_command: [y], health: {path: /up, ready_status: 204}, inference: {path: /api/v2/}}"
+    external = "{kind: external, url: 'https://h.example/v1', key: 'sk-1'}"
+    engines = read(
+        f"backends: {{own: {custom}, cloud: {external}}}\nmodels: {{m: {{source: a, backends: [own, cloud]}}}}"
+    ).desired.engines
+    own, cloud = engines["own"], engines["cloud"]
+    assert (own.stop_command, own.ready.path, own.ready.status, own.api) == (("y",), "/up", 204, "/api/v2")
+    assert (cloud.adapter, cloud.kind, cloud.url, cloud.key) == ("external", BackendKind.EXTERNAL, "https://h.example/v1", "sk-1")
+    assert "sk-1" not in repr(cloud)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ("vllm: {eagre: true}", 'unknown key "eagre" in models.m.vllm (did you mean "eager"?)'),
+        ("vllm: {kv_cache: 4}", "kv_cache: expected a size with its unit"),
+        ("vllm: {sleep: 3}", "sleep: expected 0, 1 or 2"),
+        ("tgi: {dtype: float8}", "dtype: expected"),
+        ("args: [--gpu-memory-utilization, '0.5']", "--gpu-memory-utilization must not be set here"),
+        ("args: [--served_model_name=x]", "--served_model_name must not be set here"),
+        ("args: [-tp, '2']", "-tp must not be set here"),
+        ("env: {VLLM_PORT: '1'}", "VLLM_PORT must not be set here"),
+    ],
+)
+def test_options_of_vllm_and_tgi_are_checked_where_they_stand(section, said):
+    (error,) = read(f"models: {{m: {{source: org/m, {section}}}}}").errors
+    assert said in str(error)
+    assert error.mark.line == 1
 
 
 def test_engines_of_ones_own_are_known_by_name():

@@ -8,7 +8,7 @@ import pytest
 
 from offloadd.backends import discover
 from offloadd.observe.engines import EngineFinder
-from offloadd.state.desired import Engine
+from offloadd.state.desired import BackendKind, Engine
 from offloadd.state.ids import BackendName, DeviceKind
 
 HESITANT = """#!/bin/sh
@@ -58,6 +58,21 @@ async def test_a_program_that_is_missing_is_named(tmp_path: Path) -> None:
     assert "backends.llamacpp.command" in view.hint
 
 
-async def test_an_engine_without_an_adapter_is_said_to_come_later(tmp_path: Path) -> None:
-    view = await EngineFinder(discover()).look(Engine(name=BackendName("vllm"), adapter="vllm", command=("vllm",)))
-    assert view.problem == "this version of offloadd cannot run vllm yet"
+async def test_an_engine_without_an_adapter_is_said_to_come_later() -> None:
+    view = await EngineFinder(discover()).look(Engine(name=BackendName("mlx"), adapter="mlx", command=("mlx",)))
+    assert view.problem == "this version of offloadd cannot run mlx yet"
+
+
+async def test_an_external_engine_is_there_without_a_program() -> None:
+    cloud = Engine(name=BackendName("cloud"), adapter="external", kind=BackendKind.EXTERNAL, url="http://h")
+    view = await EngineFinder(discover()).look(cloud)
+    assert (view.problem, view.gpus) == ("", frozenset())
+
+
+async def test_a_program_that_has_no_quick_answer_about_itself_is_not_asked(tmp_path: Path) -> None:
+    program = tmp_path / "vllm"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    program.chmod(0o755)
+    view = await EngineFinder(discover()).look(Engine(name=BackendName("vllm"), adapter="vllm", command=(str(program), "serve")))
+    assert (view.problem, view.path) == ("", str(program))
+    assert not (tmp_path / "asked").exists()

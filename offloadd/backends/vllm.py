@@ -1,0 +1,434 @@
+"""vLLM's `vllm serve`: models from a hub or a folder, several processes, one process group. Facts from 0.32."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from offloadd.backends.base import ExitPattern, default_exit, listed, match_exit, visible
+from offloadd.backends.hub_memory import DEVICE_CONTEXT, GIB, HubMemory, hub_memory
+from offloadd.backends.words import fill
+from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
+from offloadd.state.ids import DeviceKind
+from offloadd.state.launch import (
+    Endpoint,
+    EngineApi,
+    ExitCause,
+    ExitKind,
+    ExitStatus,
+    Health,
+    Launch,
+    ModelFacts,
+    Placement,
+    Probe,
+    ProbeReply,
+    Probes,
+    SourceNeed,
+    VramEstimate,
+)
+from offloadd.units import Bytes, Seconds, format_bytes
+
+_PROGRAM = Bytes(2 * GIB)
+"""RAM of its processes on a machine with GPUs: interpreters and libraries, three times over."""
+_CPU_PROGRAM = Bytes(3 * GIB)
+"""The same where it computes on the CPU: measured at 3.2 GB resident, shared pages counted twice."""
+_BATCH = 2048
+_SHARE_STEP = 10_000
+_WARM_UP = Seconds(60)
+"""The first request of a kind was seen to take 14.5 s."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmOptions(BackendOptions):
+    """Options of `vllm serve` that have a type of their own; anything else goes into `args`."""
+
+    eager: bool = False
+    """`--enforce-eager`: no CUDA graphs, so less memory and a quicker start, and slower tokens."""
+    kv_cache: Bytes | None = None
+    """Exactly so much for the KV cache of each GPU (`--kv-cache-memory-bytes`); default: what its promise leaves."""
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16"] = "auto"
+    """Type of the KV cache."""
+    dtype: Literal["auto", "half", "float16", "bfloat16", "float", "float32"] = "auto"
+    """Type that weights are computed in."""
+    quantization: str | None = None
+    """How weights are quantized, where the model's own config does not say it."""
+    batch: int | None = None
+    """Tokens computed at once (`--max-num-batched-tokens`); drives the memory for activations."""
+    cpu_offload: Bytes = Bytes(0)
+    """Part of the weights of each GPU that is kept in host RAM."""
+    runner: Literal["auto", "generate", "pooling"] = "auto"
+    """`pooling` serves embeddings, reranking and scores instead of text."""
+    convert: Literal["auto", "none", "embed", "classify"] = "auto"
+    """How a model that makes text is turned into a pooling one."""
+    tool_call_parser: str | None = None
+    """Switches tool calls on, and says how this model writes them."""
+    reasoning_parser: str | None = None
+    """How this model writes its thoughts."""
+    chat_template: str | None = None
+    """Path of a Jinja chat template that replaces the model's own."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters, each as `NAME=PATH`; clients ask for them by name through /upstream."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Runs code that comes with the model: only where you have read it, with `revision` set to what you have read."""
+    load_format: str | None = None
+    """How weights are read, such as `safetensors` or `dummy`."""
+    sleep: Literal[0, 1, 2] = 0
+    """Instead of being evicted it sleeps: with 1 its weights go to host RAM, with 2 they are read again when it wakes."""
+
+
+_FAILURES = (
+    ExitPattern(
+        re.compile(r"error: unrecognized arguments: (?P<flag>.+)"),
+        ExitKind.BAD_OPTION,
+        "vllm does not know {flag}",
+        "remove it from args, or use a vLLM that has it (vllm serve --help=all lists them)",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"error: argument (?P<flag>\S+): (?P<why>.+)"),
+        ExitKind.BAD_OPTION,
+        "vllm refuses the value given for {flag}: {why}",
+        "correct the value in the config",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"\[Errno 98\]|[Aa]ddress already in use"),
+        ExitKind.PORT_TAKEN,
+        "its port was taken by another process",
+        "nothing to do: the next start takes another port",
+    ),
+    ExitPattern(
+        # Not the report after a good start, which begins with the same words.
+        re.compile(r"Free memory on device (?P<device>\S+) \((?P<free>[^/]+)/[^)]+\) on startup is less than"),
+        ExitKind.OUT_OF_MEMORY,
+        "only {free} were free on {device} when it started",
+        "something else took memory in that moment; if it stays so, see foreign processes in /vram/status",
+    ),
+    ExitPattern(
+        re.compile(r"estimated maximum model length is (?P<most>\d+)"),
+        ExitKind.OUT_OF_MEMORY,
+        "its KV cache holds {most} tokens only, less than one sequence",
+        "set context to {most} or less, or vram to more",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"No available memory for the cache blocks|is larger than the available KV cache memory"),
+        ExitKind.OUT_OF_MEMORY,
+        "its weights leave no memory for the KV cache",
+        "raise vram, lower context, or set vllm.eager: true",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"on kv cache allocation is less than requested memory for kv"),
+        ExitKind.OUT_OF_HOST_MEMORY,
+        "there was not enough RAM for its KV cache",
+        "lower context or parallel, or free memory",
+    ),
+    ExitPattern(
+        re.compile(r"Error in memory profiling"),
+        ExitKind.OUT_OF_MEMORY,
+        "another process freed memory of the GPU while it was measured",
+        "nothing to do: it is tried again",
+    ),
+    ExitPattern(
+        re.compile(r"torch\.(?:cuda\.)?OutOfMemoryError|CUDA out of memory"),
+        ExitKind.OUT_OF_MEMORY,
+        "the GPU had not enough memory",
+        "lower context, parallel or vllm.batch, or raise vram",
+    ),
+    ExitPattern(
+        re.compile(r"max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len.*?(?:=|is )(?P<most>\d+)"),
+        ExitKind.BAD_OPTION,
+        "context {asked} is more than the model's own {most}",
+        "lower context",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len"),
+        ExitKind.BAD_OPTION,
+        "context {asked} is more than the model was made for",
+        "lower context",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"Model architectures \[(?P<names>[^\]]*)\] are not supported"),
+        ExitKind.BAD_MODEL,
+        "this vLLM does not know the architecture {names}",
+        "use a newer vLLM, or another engine",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(
+            r"HFValidationError: (?P<why>.*)|(?P<other>OSError: .* is not a local folder and is not a valid model identifier.*)"
+        ),
+        ExitKind.BAD_MODEL,
+        "cannot find the model: {why}{other}",
+        "check source; a hub id needs the network, or a model that was downloaded before",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"OSError: It looks like the config file at '(?P<path>[^']*)' is not a valid JSON file"),
+        ExitKind.BAD_MODEL,
+        "{path} is not a model that vLLM can read",
+        "give it a folder or a hub id in Hugging Face's layout: sources: {{vllm: …}}",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"SafetensorError: (?P<why>.*)|(?P<other>params\.json)"),
+        ExitKind.BAD_MODEL,
+        "the model's files are incomplete: {why}{other}",
+        "copy or download them again",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"Value error, (?P<why>.*?)(?: \[type=.*)?$"),
+        ExitKind.BAD_OPTION,
+        "vllm refuses its options: {why}",
+        "correct the config",
+        permanent=True,
+    ),
+    ExitPattern(
+        re.compile(r"Engine core initialization failed"),
+        ExitKind.CRASHED,
+        "its engine failed to start",
+        "the cause is earlier in its log, on lines of EngineCore or Worker",
+    ),
+)
+_ENGINE_DIED = re.compile(
+    r"EngineDeadError|EngineCore encountered an issue|Engine core proc .* died|Shutting down due to engine death"
+)
+_TEXT = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+_POOLING = frozenset({"/v1/embeddings", "/v1/rerank", "/v1/score", "/pooling", "/classify", "/tokenize", "/detokenize"})
+_HINTS = dict.fromkeys(("/v1/embeddings", "/v1/rerank", "/v1/score"), "vllm.runner: pooling")
+
+
+class Vllm:
+    """The adapter of `vllm serve`."""
+
+    name = "vllm"
+    title = "vLLM"
+    kind = BackendKind.BUILTIN
+    options: type[BackendOptions] = VllmOptions
+    default_command: tuple[str, ...] = ("vllm", "serve")
+    preference = 2
+    reads: tuple[str, ...] = ()
+    reads_hub_ids = True
+    cancels_only_streams = False
+    more_ports = 0
+    # Its own --version imports all of it, for many seconds.
+    version_argv: tuple[str, ...] = ()
+    devices_argv: tuple[str, ...] = ()
+
+    def bound(self, engine: Engine) -> Vllm:
+        """The same for every engine."""
+        return self
+
+    def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
+        """It lists none."""
+        return None
+
+    def companions(self, spec: ModelSpec) -> tuple[str, ...]:
+        """Adapters are named with their paths, and it reads them by itself."""
+        return ()
+
+    def source_need(self, source: str) -> SourceNeed:
+        """A folder, or else a hub id."""
+        return SourceNeed.DISK_OR_HUB
+
+    def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate | None:
+        """What it needs at least; it then takes all of its promise. None for a hub id that has not been downloaded."""
+        options = _options(spec)
+        if facts.shape is None:
+            return _by_hand(spec, options)
+        memory = _memory(spec, facts, options)
+        host = Bytes(_PROGRAM + options.cpu_offload + (memory.weights if options.sleep == 1 else 0))
+        on_host = Bytes(_CPU_PROGRAM + memory.weights + _cpu_cache(memory.cache, options) * GIB)
+        if spec.vram != "auto":
+            return _fixed(spec.vram, host, on_host=spec.vram, counts=tuple(memory.even))
+        return VramEstimate(total=memory.total, basis=memory.basis, host=host, on_host=on_host, even=memory.even, elastic=True)
+
+    def launch(self, engine: Engine, spec: ModelSpec, facts: ModelFacts, placement: Placement, endpoint: Endpoint) -> Launch:
+        """`vllm serve` on one loopback port, with its part of each card as a share of the whole."""
+        options = _options(spec)
+        argv = [
+            *engine.command,
+            facts.path,
+            *("--served-model-name", spec.name),
+            *("--host", endpoint.host),
+            *("--port", str(endpoint.port)),
+            *("--max-model-len", str(_context(spec, facts))),
+            *("--max-num-seqs", str(spec.parallel)),
+            # One line for each probe would fill its log.
+            *("--disable-access-log-for-endpoints", "/health,/metrics,/v1/models"),
+            "--enable-prompt-tokens-details",
+            *_memory_flags(placement, options),
+            *_option_flags(options),
+            *engine.args,
+            *spec.args,
+        ]
+        env = {**_environment(placement, options), **visible(placement), **engine.env, **spec.env}
+        if endpoint.key:
+            env["VLLM_API_KEY"] = endpoint.key  # not an argument: those are for all users to read
+        if not placement.gpus:
+            memory = _memory(spec, facts, options).cache if facts.shape else Bytes(0)
+            env = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": str(_cpu_cache(memory, options)), **env}
+        stop = fill(engine.stop_command, spec, facts, endpoint)
+        return Launch(argv=fill(argv, spec, facts, endpoint), env=env, stop=stop)
+
+    def probes(self, spec: ModelSpec) -> Probes:
+        """Its log and its /health say nothing of whether it works: the model must be listed, and one token come back."""
+        token = _canary(spec)
+        return Probes(readiness=(Probe(path="/health"), Probe(path="/v1/models"), token), liveness=token, canary=token)
+
+    def read_probe(self, spec: ModelSpec, path: str, reply: ProbeReply) -> Health:
+        """Until it is ready it refuses connections. A server with another model under its port is not ours."""
+        if reply.status is None:
+            return Health.SILENT
+        if path == "/v1/models":
+            return Health.READY if reply.status == 200 and spec.name in listed(reply.body) else Health.SILENT
+        return Health.READY if reply.status == 200 else Health.SILENT
+
+    def api(self, spec: ModelSpec) -> EngineApi:
+        """It insists on the model's name; which paths it has depends on whether it makes text or vectors."""
+        pooling = _options(spec).runner == "pooling"
+        return EngineApi(paths=_POOLING if pooling else _TEXT, hints=_HINTS, model=spec.name)
+
+    def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
+        """It ends with 0 when its engine has died, too: an end that nobody asked for is a failure whatever the code."""
+        if not was_ready and status.signal is None:
+            cause = match_exit(_FAILURES, log_tail)
+            if cause is not None:
+                return cause
+        cause = default_exit(status, log_tail, was_ready=was_ready)
+        if status.code == 0 or any(_ENGINE_DIED.search(line) for line in log_tail):
+            why = f"its engine process died, and the API server ended after it ({status})"
+            return ExitCause(kind=ExitKind.CRASHED, message=why, hint="its log has more, on lines of EngineCore")
+        return cause
+
+
+def _options(spec: ModelSpec) -> VllmOptions:
+    chosen = spec.options.get("vllm")
+    return chosen if isinstance(chosen, VllmOptions) else VllmOptions()
+
+
+def _context(spec: ModelSpec, facts: ModelFacts) -> int:
+    """It refuses more than the model was made for."""
+    most = facts.shape.context_train if facts.shape else 0
+    return min(spec.context, most) if most else spec.context
+
+
+def _memory(spec: ModelSpec, facts: ModelFacts, options: VllmOptions) -> HubMemory:
+    assert facts.shape is not None  # noqa: S101  (callers have looked)
+    return hub_memory(
+        facts.shape,
+        context=_context(spec, facts),
+        parallel=spec.parallel,
+        batch=options.batch or _BATCH,
+        cache_bytes=1 if options.kv_cache_dtype.startswith("fp8") else 2,
+        cache=options.kv_cache,
+        graphs=not options.eager,
+        weights=Bytes(max(0, facts.shape.weights - options.cpu_offload)),
+    )
+
+
+def _by_hand(spec: ModelSpec, options: VllmOptions) -> VramEstimate | None:
+    if spec.vram == "auto":
+        return None
+    return _fixed(spec.vram, Bytes(_PROGRAM + options.cpu_offload), on_host=spec.vram, counts=(2, 4, 8))
+
+
+def _fixed(size: Bytes, host: Bytes, *, on_host: Bytes, counts: tuple[int, ...]) -> VramEstimate:
+    """What the config says, whatever would be worked out."""
+    even = {count: Bytes(-(-size // count)) for count in counts}
+    basis = f"vram: {format_bytes(size)} in the config"
+    return VramEstimate(total=size, basis=basis, host=host, on_host=on_host, even=even, elastic=True)
+
+
+def _cpu_cache(cache: Bytes, options: VllmOptions) -> int:
+    """GiB of RAM for its cache, of which it takes whole ones only."""
+    return max(1, -(-(options.kv_cache or cache) // GIB))
+
+
+def _memory_flags(placement: Placement, options: VllmOptions) -> Iterator[str]:
+    """Its promise as a share of each card: rounded down, less what a process takes of a card before it counts."""
+    if not placement.gpus:
+        return
+    shares = [
+        max(1, (placement.reserved[gpu] - DEVICE_CONTEXT) * _SHARE_STEP // placement.whole[gpu])
+        for gpu in placement.gpus
+        if placement.whole.get(gpu)
+    ]
+    if shares:
+        yield from ("--gpu-memory-utilization", f"{min(shares) / _SHARE_STEP:.4f}")
+    if options.kv_cache is not None:
+        yield from ("--kv-cache-memory-bytes", str(options.kv_cache))
+    if len(placement.gpus) > 1:
+        yield from ("--tensor-parallel-size", str(len(placement.gpus)))
+
+
+def _environment(placement: Placement, options: VllmOptions) -> dict[str, str]:
+    # It listens on ports of its own for its processes: none of them may be reached from elsewhere.
+    found = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1"}
+    if options.sleep and placement.gpus:
+        found["VLLM_SERVER_DEV_MODE"] = "1"
+    return found
+
+
+def _option_flags(options: VllmOptions) -> Iterator[str]:
+    defaults = VllmOptions()
+    valued: tuple[tuple[str, object, object], ...] = (
+        ("--kv-cache-dtype", options.kv_cache_dtype, defaults.kv_cache_dtype),
+        ("--dtype", options.dtype, defaults.dtype),
+        ("--quantization", options.quantization, None),
+        ("--max-num-batched-tokens", options.batch, None),
+        ("--cpu-offload-gb", f"{options.cpu_offload / GIB:.3f}", "0.000"),
+        ("--runner", options.runner, defaults.runner),
+        ("--convert", options.convert, defaults.convert),
+        ("--tool-call-parser", options.tool_call_parser, None),
+        ("--reasoning-parser", options.reasoning_parser, None),
+        ("--chat-template", options.chat_template, None),
+        ("--revision", options.revision, None),
+        ("--load-format", options.load_format, None),
+    )
+    for flag, value, default in valued:
+        if value != default:
+            yield from (flag, str(value))
+    if options.tool_call_parser:
+        yield "--enable-auto-tool-choice"
+    if options.trust_remote_code:
+        yield "--trust-remote-code"
+    if options.eager:
+        yield "--enforce-eager"
+    if options.sleep:
+        yield "--enable-sleep-mode"
+    if options.lora:
+        yield from ("--enable-lora", "--lora-modules", *options.lora)
+
+
+def _canary(spec: ModelSpec) -> Probe:
+    """One token, or one vector where it makes those."""
+    if _options(spec).runner == "pooling":
+        return Probe(path="/v1/embeddings", body=_json(model=spec.name, input="a"), timeout=_WARM_UP)
+    return Probe(path="/v1/completions", body=_json(model=spec.name, prompt="a", max_tokens=1, temperature=0), timeout=_WARM_UP)
+
+
+def _json(**fields: object) -> bytes:
+    return json.dumps(fields).encode()
+
+
+BACKEND = Vllm()
