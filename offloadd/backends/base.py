@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
-from offloadd.state.ids import DeviceKind
+from offloadd.state.ids import LOCAL, DeviceId, DeviceKind
 from offloadd.state.launch import (
     Endpoint,
     EngineApi,
@@ -26,6 +26,7 @@ from offloadd.state.launch import (
     SourceNeed,
     VramEstimate,
 )
+from offloadd.units import Bytes
 
 
 class Backend(Protocol):
@@ -133,6 +134,9 @@ class Backend(Protocol):
 
 
 NOWHERE = Placement(reserved={})
+_A_GPU = DeviceId(LOCAL, "gpu")
+SOMEWHERE = Placement(reserved={_A_GPU: Bytes(2**33)}, gpus=(_A_GPU,), whole={_A_GPU: Bytes(2**34)}, used={_A_GPU: Bytes(0)})
+"""All of it on one GPU: what is said there only must show in a fingerprint, too."""
 NO_ENDPOINT = Endpoint(host="127.0.0.1", port=0)
 
 
@@ -149,9 +153,9 @@ def fingerprint(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelF
     placement is made from is added, since a launch for nowhere does not show it.
     """
     endpoint = replace(NO_ENDPOINT, more=(0,) * backend.more_ports)
-    launch = backend.launch(engine, spec, facts, NOWHERE, endpoint)
+    launches = [backend.launch(engine, spec, facts, placement, endpoint) for placement in (NOWHERE, SOMEWHERE)]
     where = (spec.devices, spec.gpu_layers, spec.partial, spec.vram) if backend.kind is not BackendKind.EXTERNAL else ()
-    text = json.dumps([engine.name, launch.argv, sorted(launch.env.items()), where])
+    text = json.dumps([engine.name, *([launch.argv, sorted(launch.env.items()), launch.stop] for launch in launches), where])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

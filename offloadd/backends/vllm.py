@@ -377,6 +377,8 @@ def _memory_flags(placement: Placement, options: VllmOptions) -> Iterator[str]:
         yield from ("--gpu-memory-utilization", f"{min(shares) / _SHARE_STEP:.4f}")
     if options.kv_cache is not None:
         yield from ("--kv-cache-memory-bytes", str(options.kv_cache))
+    if options.sleep:
+        yield "--enable-sleep-mode"  # which it refuses on the CPU
     if len(placement.gpus) > 1:
         yield from ("--tensor-parallel-size", str(len(placement.gpus)))
 
@@ -414,8 +416,6 @@ def _option_flags(options: VllmOptions) -> Iterator[str]:
         yield "--trust-remote-code"
     if options.eager:
         yield "--enforce-eager"
-    if options.sleep:
-        yield "--enable-sleep-mode"
     if options.lora:
         yield from ("--enable-lora", "--lora-modules", *options.lora)
 

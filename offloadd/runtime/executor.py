@@ -11,6 +11,7 @@ from typing import assert_never
 from offloadd.backends.base import Backend
 from offloadd.events import About, EventKind, about
 from offloadd.runtime.instance import Instance, Tools
+from offloadd.runtime.remote import RemoteInstance
 from offloadd.state.actions import (
     Action,
     AdoptInstance,
@@ -22,12 +23,14 @@ from offloadd.state.actions import (
     StopInstance,
     StopReason,
 )
-from offloadd.state.desired import Engine
+from offloadd.state.desired import BackendKind, Engine
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import ExitCause, ExitKind, ExitStatus
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView, ObservedState
 
 log = logging.getLogger(__name__)
+
+AnyInstance = Instance | RemoteInstance
 
 KEPT_EXITS = 32
 """Ends remembered per model; more than any give_up_after that makes sense."""
@@ -48,7 +51,7 @@ class Executor:
         self._tools = tools
         self._lend = lend
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
-        self._instances: dict[InstanceId, Instance] = {}
+        self._instances: dict[InstanceId, AnyInstance] = {}
         self._exits: dict[ModelName, deque[ExitRecord]] = {}
         self._launches: dict[ModelName, int] = dict(tools.logs.launches())
 
@@ -69,7 +72,7 @@ class Executor:
         """Every instance on the books."""
         return {key: instance.view() for key, instance in self._instances.items()}
 
-    def get(self, instance: InstanceId) -> Instance | None:
+    def get(self, instance: InstanceId) -> AnyInstance | None:
         """The instance, while it is on the books."""
         return self._instances.get(instance)
 
@@ -128,12 +131,18 @@ class Executor:
 
     def _start(self, action: StartInstance) -> None:
         engine = self._engine_of(action.candidate.backend)
-        instance = Instance(action, self._backends[engine.adapter], engine, self._tools)
+        instance = self._instance(action, engine)
         self._instances[action.instance] = instance
         self._launches[action.instance.model] = max(action.instance.number, self._launches.get(action.instance.model, 0))
         self._tasks[action.instance] = asyncio.create_task(self._run(instance), name=f"instance {action.instance}")
 
-    async def _run(self, instance: Instance) -> None:
+    def _instance(self, action: StartInstance, engine: Engine) -> AnyInstance:
+        backend = self._backends[engine.adapter].bound(engine)
+        if engine.kind is BackendKind.EXTERNAL:
+            return RemoteInstance(action, backend, engine, self._tools)
+        return Instance(action, backend, engine, self._tools)
+
+    async def _run(self, instance: AnyInstance) -> None:
         try:
             record = await instance.run()
         except Exception as error:

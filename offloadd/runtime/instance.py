@@ -174,7 +174,8 @@ class Instance:
 
     def _spawn(self) -> Process:
         action = self._action
-        endpoint = Endpoint(host=LOOPBACK, port=_free_port(), key=secrets.token_hex(32))
+        more = tuple(_free_port() for _ in range(self.backend.more_ports))
+        endpoint = Endpoint(host=LOOPBACK, port=_free_port(), more=more, key=secrets.token_hex(32))
         launch = self.backend.launch(self._engine, action.spec, action.candidate.facts, action.placement, endpoint)
         process = self._tools.launcher.spawn(launch, mark=self._mark, log_path=self._tools.logs.path(self.id))
         self._process, self._endpoint = process, endpoint

@@ -262,3 +262,48 @@ def test_on_the_cpu_without_a_reading_of_ram() -> None:
     answer = place_in(3, {ONE: 8}, spec("m", devices="cpu"))
     assert isinstance(answer, NoRoom)
     assert answer.device is None
+
+
+# --- engines that divide evenly, that size themselves, and that run elsewhere ---
+
+
+def even(total: float, *, host: float = 0.0, **parts: float) -> VramEstimate:
+    """`n2=3` is 3 GiB on each of two."""
+    sizes = {int(name.removeprefix("n")): gib(size) for name, size in parts.items()}
+    return VramEstimate(total=gib(total), basis="given", host=gib(host), even=sizes, elastic=True)
+
+
+def test_equal_parts_go_to_as_few_gpus_as_will_do() -> None:
+    need = even(6, n2=3.5, n3=2.5)
+    found = place_in(need, {ONE: 8, TWO: 4, THREE: 4})
+    assert isinstance(found, Placement)
+    assert (found.gpus, found.reserved) == ((ONE,), {ONE: gib(6)})
+    found = place_in(need, {ONE: 4, TWO: 4, THREE: 3})
+    assert isinstance(found, Placement)
+    assert found.reserved == {ONE: gib(3.5), TWO: gib(3.5)}
+    assert found.split == ()
+    found = place_in(need, {ONE: 3, TWO: 4, THREE: 3})
+    assert isinstance(found, Placement)
+    assert found.reserved == dict.fromkeys((ONE, TWO, THREE), gib(2.5))
+    assert isinstance(place_in(need, {ONE: 2, TWO: 4, THREE: 3}), NoRoom)
+
+
+def test_named_devices_take_equal_parts_all_of_them() -> None:
+    need = even(6, n2=3.5, n3=2.5)
+    two = spec("m", devices=("0", "1"))
+    found = place_in(need, {ONE: 8, TWO: 4, THREE: 8}, two)
+    assert isinstance(found, Placement)
+    assert found.reserved == {ONE: gib(3.5), TWO: gib(3.5)}
+
+
+def test_an_engine_that_sizes_itself_is_told_of_its_cards() -> None:
+    found = place_in(even(6), {ONE: 8, HOST_RAM: 8})
+    assert isinstance(found, Placement)
+    assert (found.elastic, found.whole, found.used) == (True, {ONE: gib(12)}, {ONE: gib(4)})
+    assert place_in(6, {ONE: 8}) == Placement(reserved={ONE: gib(6)}, gpus=(ONE,))
+
+
+def test_what_runs_elsewhere_needs_no_device_at_all() -> None:
+    elsewhere = VramEstimate(total=ZERO, on_host=ZERO, basis="elsewhere")
+    assert place_in(elsewhere, {}) == Placement(reserved={})
+    assert place_in(elsewhere, {ONE: 0}, blind="lost") == Placement(reserved={})

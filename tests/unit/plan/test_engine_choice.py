@@ -1,0 +1,85 @@
+"""Which engine serves a model: the first that has room, whatever it is, and the next when one fails."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from offloadd.plan.planner import plan
+from offloadd.state.actions import Plan, StartInstance
+from offloadd.state.demand import Demand
+from offloadd.state.desired import DesiredState, RunMode
+from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId, DeviceKind, InstanceId, ModelName
+from offloadd.state.launch import Candidate, Placement, VramEstimate
+from offloadd.state.observed import DeviceView, InstanceState, ObservedState
+from tests.unit.plan.build import ALPHA, BETA, NOW, Scene, ended, gib, offer, spec, view
+
+GPU = DeviceId(LOCAL, "GPU-a")
+ELASTIC = VramEstimate(total=gib(4), basis="given", elastic=True)
+
+
+def both(**fields: object) -> Scene:
+    return Scene(spec("m", run=RunMode.ALWAYS, backends=(ALPHA, BETA), **fields))
+
+
+def started(scene: Scene) -> list[tuple[str, str]]:
+    return [(str(a.instance), a.candidate.backend) for a in scene.plan().actions if isinstance(a, StartInstance)]
+
+
+def elsewhere() -> Candidate:
+    return replace(offer(0, "there", backend=BETA), estimate=VramEstimate(total=gib(0), on_host=gib(0), basis="elsewhere"))
+
+
+def test_the_first_engine_that_has_room_is_taken() -> None:
+    assert started(both().offers("m", offer(4), offer(2, backend=BETA))) == [("m-1", ALPHA)]
+    assert started(both().offers("m", offer(40), offer(2, backend=BETA))) == [("m-1", BETA)]
+
+
+def test_what_runs_elsewhere_serves_when_nothing_else_can() -> None:
+    assert started(both().offers("m", offer(40), elsewhere())) == [("m-1", BETA)]
+    blind = both().offers("m", offer(4), elsewhere())
+    blind.blind = True
+    assert started(blind) == [("m-1", BETA)]
+
+
+def test_an_engine_that_backs_off_lets_the_next_one_serve() -> None:
+    failing = [ended(f"m-{number}", ago=1) for number in (1, 2, 3)]
+    scene = both().offers("m", offer(4), elsewhere()).had(*failing)
+    assert [backend for _, backend in started(scene)] == [BETA]
+
+
+# --- engines that measure their GPU load alone on it ---
+
+
+def on_gpu(name: str, state: InstanceState, *, elastic: bool) -> object:
+    placement = Placement(reserved={GPU: gib(4)}, gpus=(GPU,), elastic=elastic)
+    return view(name, 4, state, placement=placement, measured={})
+
+
+def planned(*views: object, estimates: dict[str, VramEstimate]) -> Plan:
+    specs = {ModelName(name): spec(name, run=RunMode.ALWAYS) for name in estimates}
+    gpu = DeviceView(id=GPU, kind=DeviceKind.NVIDIA, name="card", total=gib(24), free=gib(20))
+    observed = ObservedState(
+        instances={each.id: each for each in views},  # type: ignore[attr-defined]
+        devices={GPU: gpu, HOST_RAM: DeviceView(id=HOST_RAM, kind=DeviceKind.HOST, name="RAM", total=gib(64), free=gib(60))},
+        candidates={name: (replace(offer(4), estimate=estimates[name]),) for name in specs},
+    )
+    models = {**specs, **{each.spec.name: each.spec for each in views}}  # type: ignore[attr-defined]
+    return plan(DesiredState(models=models), observed, Demand(), now=NOW)
+
+
+def starts(answer: Plan) -> list[InstanceId]:
+    return [action.instance for action in answer.actions if isinstance(action, StartInstance)]
+
+
+def test_of_two_that_measure_one_starts_and_the_other_waits() -> None:
+    answer = planned(estimates={"a": ELASTIC, "b": ELASTIC})
+    assert [key.model for key in starts(answer)] == ["a"]
+    assert "waits until a-1 has loaded" in answer.decisions[ModelName("b")].sentence
+
+
+def test_nothing_loads_beside_one_that_measures_nor_that_one_beside_others() -> None:
+    plain = VramEstimate(total=gib(4), basis="given")
+    assert not starts(planned(on_gpu("x-1", InstanceState.LOADING, elastic=True), estimates={"a": plain}))
+    assert not starts(planned(on_gpu("x-1", InstanceState.STARTING, elastic=False), estimates={"a": ELASTIC}))
+    assert starts(planned(on_gpu("x-1", InstanceState.LOADING, elastic=False), estimates={"a": plain}))
+    assert starts(planned(on_gpu("x-1", InstanceState.READY, elastic=True), estimates={"a": ELASTIC}))
