@@ -16,6 +16,7 @@ from aiohttp import http_parser, web
 from offloadd import __version__, eventloop
 from offloadd.api.app import Door, answer_headers, as_seen, build_app, request_id
 from offloadd.api.borrow import borrow_route
+from offloadd.api.byhand import by_hand_routes
 from offloadd.api.caller import caller
 from offloadd.api.limits import KeyMeter
 from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
@@ -54,6 +55,7 @@ from offloadd.runtime.lock import locked
 from offloadd.runtime.logs import LogFolder, printable
 from offloadd.runtime.reconciler import Reconciler
 from offloadd.runtime.reload import ConfigStore, explain
+from offloadd.runtime.wishes import WishBook
 from offloadd.state.actions import Decision, Plan
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
@@ -133,14 +135,16 @@ class Daemon:
         self._closing = False
         self._hurry = asyncio.Event()
         self._asked: asyncio.Task[Picture] | None = None
-        self._observer = Observer([HostReader(), NvmlReader(), AmdReader()], backends, read_model, content_of_model)
+        self._observer = Observer([HostReader(), NvmlReader(), AmdReader()], backends, read_model, content_of_model, clock)
         self._chronicle = Chronicle(registry_of(store.applied.desired.storage), clock)
         self._look_soon = asyncio.Event()
+        self._read_now = asyncio.Event()
         self._begun = store.applied.desired
         self._launcher = LocalLauncher(data_dir)
         self._logs = LogFolder(data_dir / "logs")
         self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake)
         self._keeping = KeepBook()
+        self._wishes = WishBook(clock=clock, wake=self._wake)
         self._loans = LoanBook(clock=clock, wake=self._wake, measured=self._observer.holdings.of)
         self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools(), self._loans.grant)
         self._reconciler = Reconciler(
@@ -261,7 +265,7 @@ class Daemon:
             gateway, accounts=accounts, api_of=self._api, look=lambda: as_seen(self.look()), keep=self._keep_loaded
         )
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
-        routes = [*gateway.routes(), *endpoints.routes(), borrow, logs]
+        routes = [*gateway.routes(), *endpoints.routes(), borrow, logs, *by_hand_routes(self._wishes, gateway.find, self._decision)]
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
@@ -348,7 +352,8 @@ class Daemon:
                 await self._look_soon.wait()
         self._look_soon.clear()
         loaded = self._ready()
-        if soon:
+        if soon or self._read_now.is_set():
+            self._read_now.clear()
             await self._observer.read_memory(self._pids)
         else:
             await self._observer.refresh(self._desired, self._pids)
@@ -383,6 +388,7 @@ class Daemon:
         models = self._store.applied.desired.models
         self._executor.forget_models(models)
         self._book.forget_models(models.get)
+        self._wishes.yield_to_config(models)
         self._wake()
 
     def _desired(self) -> DesiredState:
@@ -395,7 +401,7 @@ class Daemon:
         return self._observer.snapshot(self._executor.observed())
 
     def _demand(self) -> Demand:
-        return replace(self._book.demand(), loans=self._loans.loans())
+        return self._wishes.join(replace(self._book.demand(), loans=self._loans.loans()))
 
     def _pids(self) -> dict[Hashable, int]:
         """Leaders of all process trees whose memory is measured."""
@@ -408,11 +414,17 @@ class Daemon:
         self._service.changed()
         # Before the next request can come in: those that wait see the decisions and instances of this plan.
         self._book.serve_all()
+        self._wishes.told(plan, self._executor.observed())
+        if plan.read_now:
+            self._read_now.set()
+            self._look_soon.set()
 
     def _changed(self, instance: InstanceId) -> None:
         self._book.serve_all()
         self._note(instance)
         ended = self._executor.get(instance)
+        if ended is None:
+            self._book.forget(instance)
         if ended is not None and ended.view().placement.gpus:
             self._look_soon.set()
         self._wake()

@@ -100,6 +100,8 @@ def model(picture: Picture, spec: ModelSpec) -> Json:
         "reason": decision.sentence if decision else "not planned yet",
         "hint": decision.hint if decision else "",
         "retry_at": _retry_at(picture, decision),
+        "ready_in_s": decision.ready_in if decision else None,
+        "by_hand": _by_hand(picture, decision),
         "source": spec.source,
         "origin": "configured",
         "run": spec.run,
@@ -255,6 +257,14 @@ def _vram(candidates: Sequence[Candidate], views: Sequence[InstanceView]) -> Jso
 
 def _retry_at(picture: Picture, decision: Decision | None) -> float | None:
     return picture.wall_of(decision.retry_at) if decision and decision.retry_at is not None else None
+
+
+def _by_hand(picture: Picture, decision: Decision | None) -> Json | None:
+    """What an operator asked for; it lasts until the config is applied again."""
+    wish = decision.wish if decision else None
+    if wish is None:
+        return None
+    return {"asked": "load" if wish.load else "unload", "since": picture.wall_of(wish.since)}
 
 
 def _exit(picture: Picture, record: ExitRecord) -> Json:

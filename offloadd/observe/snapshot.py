@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from offloadd.backends.base import Backend, backend_of
+from offloadd.clock import Clock, SystemClock
 from offloadd.observe.devices import DeviceReader
 from offloadd.observe.devices.aside import aside
 from offloadd.observe.engines import EngineFinder
@@ -37,7 +38,9 @@ class Observer:
         backends: Mapping[str, Backend],
         read_shape: Callable[[Path], ModelShape],
         read_content: Callable[[Path], str],
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or SystemClock()
         self._readers = readers
         self._backends = backends
         self._finder = EngineFinder(backends)
@@ -113,7 +116,9 @@ class Observer:
         seen = await self._in_time("reading of processes' memory", lambda: measure(pids, fresh))
         # In one step: what is free and what of it our own have taken must be of one moment.
         # With the devices, so that nobody sees the one without the other.
-        self.devices, self._troubles = fresh, {reader.name: dict(reader.problems) for reader in self._readers}
+        now = self._clock.now()
+        self.devices = {device: replace(view, read_at=now) for device, view in fresh.items()}
+        self._troubles = {reader.name: dict(reader.problems) for reader in self._readers}
         if seen is not None:
             self.holdings.keep(seen)
 

@@ -13,6 +13,7 @@ from offloadd.units import Instant, Seconds, format_seconds
 PATIENCE = Seconds(5)
 """A backoff up to this long is waited out in the queue; a longer one refuses at once and says when to come back."""
 FULL_RETRY = Seconds(5)
+"""When to come back, where it is not known how long a load takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +62,18 @@ def admit(
         return refusal
     if waiting >= spec.queue.max_waiting:
         message = f"{spec.name} has {waiting} requests waiting, which is its limit (queue.max_waiting)"
-        return Refused(status=429, code="queue_full", message=message, retry_after=FULL_RETRY)
+        return Refused(status=429, code="queue_full", message=message, retry_after=retry_after(None if seats else decision))
     return Queued()
+
+
+def retry_after(decision: Decision | None) -> Seconds:
+    """When to come back: when the model is ready, by how long its last load took."""
+    return FULL_RETRY if decision is None or decision.ready_in is None else max(Seconds(1), decision.ready_in)
 
 
 def hopeless(spec: ModelSpec, decision: Decision | None, *, now: Instant) -> Refused | None:
     """Why waiting for a model that has no ready instance is in vain, if it is."""
-    if spec.run is RunMode.NEVER:
+    if spec.run is RunMode.NEVER and not (decision and decision.wish and decision.wish.load):
         return Refused(status=409, code="model_disabled", message=f"{spec.name} is configured with run: never")
     if decision is None:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from offloadd.plan.accounting import Ledger, open_accounts, pool
 from offloadd.plan.eviction import freed
@@ -21,10 +21,13 @@ from offloadd.state.actions import (
 )
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec
-from offloadd.state.ids import LOCAL, DeviceId, InstanceId, ModelName
+from offloadd.state.ids import LOCAL, DeviceId, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Placement
-from offloadd.state.observed import LEAVING, SETTLING, InstanceState, InstanceView, ObservedState
-from offloadd.units import Bytes, Instant, counted
+from offloadd.state.observed import LEAVING, SETTLING, DeviceView, InstanceState, InstanceView, ObservedState
+from offloadd.units import Bytes, Instant, Seconds, counted
+
+FRESH = Seconds(1)
+"""Memory of a GPU is given on a reading that is no older than this."""
 
 
 def requests_run(number: int) -> str:
@@ -50,6 +53,7 @@ class Draft:
         self._actions: dict[InstanceId, Action] = {}
         self._sent_away: dict[DeviceId, int] = {}
         self._wake_at: Instant | None = None
+        self.read_now = False
         self._by_model: dict[ModelName, list[InstanceView]] = {}
         for view in sorted(observed.instances.values(), key=lambda v: v.id):
             self._by_model.setdefault(view.model, []).append(view)
@@ -131,6 +135,20 @@ class Draft:
         self._grants.append(action)
         self.ledger.claim(action.reserved)
 
+    def may_give(self, reserved: Mapping[DeviceId, Bytes]) -> bool:
+        """Whether the GPUs among these were read a moment ago, as they must be before memory is given on them.
+
+        Else they are to be read at once, and the memory is held until then: a program may have come in between.
+        """
+        stale = [view for view in map(self.observed.devices.get, reserved) if view and self._is_stale(view)]
+        if stale:
+            self.read_now = True
+            self.ledger.claim(reserved)
+        return not stale
+
+    def _is_stale(self, view: DeviceView) -> bool:
+        return view.kind is not DeviceKind.HOST and view.read_at is not None and self.now - view.read_at > FRESH
+
     def next_id(self, model: ModelName) -> InstanceId:
         """The number after the highest that the model ever had, this plan's starts counted."""
         numbers = [view.id.number for view in self.instances(model)]
@@ -178,4 +196,5 @@ class Draft:
             decisions={name: self.decisions[name] for name in sorted(self.decisions)},
             accounts=dict(self.ledger.accounts),
             wake_at=self._wake_at,
+            read_now=self.read_now,
         )

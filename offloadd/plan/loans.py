@@ -28,6 +28,10 @@ def serve_loans(draft: Draft) -> None:
 def _serve(draft: Draft, loan: Loan) -> str:
     attempt = partial(_place, loan, site=draft.site)
     answer = attempt(draft.ledger.room)
+    if isinstance(answer, Placement) and not draft.may_give(answer.reserved):
+        return (
+            f"waits: needs {format_bytes(loan.size)} on {draft.site.label(next(iter(answer.reserved)))}, which is being read again"
+        )
     if isinstance(answer, Placement):
         draft.grant(GrantLoan(loan=loan.id, reserved=answer.reserved))
         return f"is given {_where(answer.reserved, draft.site)}"

@@ -10,13 +10,14 @@ from offloadd.plan.eviction import Evictable
 from offloadd.plan.restart import RestartVerdict
 from offloadd.plan.room import Making
 from offloadd.plan.wants import Want
-from offloadd.state.actions import Decision, ModelState, StopInstance
-from offloadd.state.observed import InstanceState, InstanceView
-from offloadd.units import format_bytes, format_seconds
+from offloadd.state.actions import Decision, ModelState, StartInstance, StopInstance
+from offloadd.state.observed import SETTLING, InstanceState, InstanceView
+from offloadd.units import Instant, Seconds, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from offloadd.plan.settle import Outcome
 
+_UNDER_WAY = (ModelState.WAITING, ModelState.STARTING, ModelState.LOADING, ModelState.STOPPING, ModelState.BACKOFF)
 _BY_INSTANCE = (
     (InstanceState.READY, ModelState.READY),
     (InstanceState.LOADING, ModelState.LOADING),
@@ -28,31 +29,53 @@ _BY_INSTANCE = (
 def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
     """The model's decision: what its best instance does, else what came of the wish for one."""
     if not want.count and not draft.instances(want.spec.name):
-        return Decision(model=want.spec.name, state=ModelState.OFF, sentence=outcome.sentence)  # the many that nobody asks for
+        wish = draft.demand.wishes.get(want.spec.name)
+        return Decision(model=want.spec.name, state=ModelState.OFF, sentence=outcome.sentence, wish=wish)  # the many off ones
     views = [view for view in draft.instances(want.spec.name) if not isinstance(draft.action(view), StopInstance)]
     for seen, state in _BY_INSTANCE:
         best = next((view for view in reversed(views) if view.state is seen), None)
         if best is not None:
-            return _decision(want, outcome, state, _instance_sentence(draft, best, outcome))
+            return _decision(draft, want, outcome, state, _instance_sentence(draft, best, outcome))
     if outcome.started:
-        action = outcome.started[0]
-        room = format_bytes(action.placement.total)
-        sentence = f"starts as {action.instance} on {action.candidate.backend} with {room}: {want.why}"
-        return _decision(want, outcome, ModelState.STARTING, sentence)
+        return _decision(draft, want, outcome, ModelState.STARTING, _start_sentence(outcome.started[0], want))
     if outcome.state not in (None, ModelState.OFF):
-        return _decision(want, outcome, outcome.state or ModelState.OFF, outcome.sentence)
+        return _decision(draft, want, outcome, outcome.state or ModelState.OFF, outcome.sentence)
     return _leaving(draft, want, outcome)
 
 
-def _decision(want: Want, outcome: Outcome, state: ModelState, sentence: str) -> Decision:
+def _start_sentence(action: StartInstance, want: Want) -> str:
+    need = action.candidate.estimate
+    room = format_bytes(action.placement.total)
+    if need is not None and ", raised by " in need.basis:
+        room += " (it ran out of memory with less)"
+    return f"starts as {action.instance} on {action.candidate.backend} with {room}: {want.why}"
+
+
+def _decision(draft: Draft, want: Want, outcome: Outcome, state: ModelState, sentence: str) -> Decision:
+    wish = draft.demand.wishes.get(want.spec.name)
+    if wish is not None and " by hand" not in sentence:
+        sentence += f"; {'loaded' if wish.load else 'unloaded'} by hand {format_seconds(draft.now - wish.since)} ago"
     return Decision(
         model=want.spec.name,
         state=state,
         sentence=sentence,
         hint=outcome.hint,
         retry_at=outcome.retry_at,
+        wish=wish,
+        ready_in=_ready_in(draft, want, state, outcome.retry_at),
         engines=dict(outcome.engines),
     )
+
+
+def _ready_in(draft: Draft, want: Want, state: ModelState, retry_at: Instant | None) -> Seconds | None:
+    """How long until it is ready: what is left of a load, or of a backoff and a whole load, by the last load."""
+    load = draft.observed.load_times.get(want.spec.name)
+    if load is None or state not in _UNDER_WAY:
+        return None
+    begun = [view.begun_at for view in draft.instances(want.spec.name) if view.state in SETTLING]
+    passed = draft.now - min(begun) if begun else 0.0
+    pause = retry_at - draft.now if retry_at is not None else 0.0
+    return Seconds(max(0.0, pause) + max(0.0, load - passed))
 
 
 def _instance_sentence(draft: Draft, view: InstanceView, outcome: Outcome) -> str:
@@ -72,11 +95,11 @@ def _leaving(draft: Draft, want: Want, outcome: Outcome) -> Decision:
     for seen, state in ((InstanceState.DRAINING, ModelState.DRAINING), (InstanceState.STOPPING, ModelState.STOPPING)):
         view = next((view for view in views if view.state is seen), None)
         if view is not None:
-            return _decision(want, outcome, state, f"{view.id} is {view.state}; {want.why}")
+            return _decision(draft, want, outcome, state, f"{view.id} is {view.state}; {want.why}")
     stopped = next((view for view in views if isinstance(draft.action(view), StopInstance)), None)
     if stopped is not None:
-        return _decision(want, outcome, ModelState.STOPPING, f"{stopped.id} is being stopped; {want.why}")
-    return _decision(want, outcome, ModelState.OFF, outcome.sentence or f"off: {want.why}")
+        return _decision(draft, want, outcome, ModelState.STOPPING, f"{stopped.id} is being stopped; {want.why}")
+    return _decision(draft, want, outcome, ModelState.OFF, outcome.sentence or f"off: {want.why}")
 
 
 def give_up_sentence(verdict: RestartVerdict) -> str:
@@ -86,7 +109,9 @@ def give_up_sentence(verdict: RestartVerdict) -> str:
     cause = verdict.last.cause.message
     if verdict.last.cause.permanent:
         return cause
-    return f"{cause}; given up after {verdict.failures} failures in a row, until its config or its file changes"
+    return (
+        f"{cause}; given up after {verdict.failures} failures in a row, until its config or file changes, or it is loaded by hand"
+    )
 
 
 def short_sentence(draft: Draft, making: Making, own: Sequence[InstanceView] = ()) -> str:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from offloadd.plan.draft import Draft
 from offloadd.plan.placement import place
-from offloadd.plan.restart import RestartVerdict, next_restart
+from offloadd.plan.present import is_known, present, retire_stale, retire_surplus, retire_unloaded
+from offloadd.plan.restart import RestartVerdict, next_restart, taught
 from offloadd.plan.room import Short, for_model, make_room
 from offloadd.plan.sentences import describe, give_up_sentence, short_sentence
-from offloadd.plan.upkeep import worn
-from offloadd.plan.wants import Want
-from offloadd.state.actions import ModelState, StartInstance, StopInstance, StopReason
+from offloadd.plan.wants import EVER, Want
+from offloadd.state.actions import ModelState, StartInstance, StopInstance
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName
 from offloadd.state.launch import Candidate, Placement, VramEstimate
-from offloadd.state.observed import LEAVING, InstanceState, InstanceView
-from offloadd.units import Instant, format_seconds
+from offloadd.state.observed import ExitRecord, InstanceState, InstanceView
+from offloadd.units import Instant, Seconds, format_seconds
 
+GROW_AFTER = Seconds(2)
+"""A request that waits this long while every instance is busy shows that one more is needed."""
 _HOPE = (ModelState.WAITING, ModelState.STARTING, ModelState.STOPPING, ModelState.BACKOFF, ModelState.FAILED)
 
 
@@ -39,15 +41,16 @@ class Outcome:
 
 def let_go(draft: Draft, want: Want) -> None:
     """Retire what the model does not need: all when none is wanted, those beyond the number, old ones that are replaced."""
-    fresh, stale = _present(draft, want.spec)
+    retire_unloaded(draft, want.spec)
+    fresh, stale = present(draft, want.spec)
     if not want.count:
         for view in (*fresh, *stale):
             draft.retire(view, want.end, want.why)
         return
-    _retire_surplus(draft, want, fresh)
-    ready = sum(view.state is InstanceState.READY and _is_known(draft, want.spec, view) for view in fresh)
+    retire_surplus(draft, want, fresh)
+    ready = sum(view.state is InstanceState.READY and is_known(draft, want.spec, view) for view in fresh)
     if ready >= want.count:
-        _retire_stale(draft, stale)
+        retire_stale(draft, stale)
 
 
 def settle(draft: Draft, want: Want) -> None:
@@ -55,48 +58,34 @@ def settle(draft: Draft, want: Want) -> None:
     if not want.count:
         draft.decide(describe(draft, want, Outcome(state=ModelState.OFF, sentence=f"off: {want.why}")))
         return
-    fresh, stale = _present(draft, want.spec)
+    fresh, stale = present(draft, want.spec)
     outcome = _start_missing(draft, want, want.count - len(fresh))
     if outcome.in_the_way:
-        _retire_stale(draft, stale)
+        retire_stale(draft, stale)
     draft.decide(describe(draft, want, outcome))
 
 
-def _present(draft: Draft, spec: ModelSpec) -> tuple[list[InstanceView], list[InstanceView]]:
-    """The model's instances that stay as far as this plan goes: those that the config asks for, and the stale ones."""
-    views = [view for view in draft.instances(spec.name) if view.state not in LEAVING and not draft.acted_on(view)]
-    stale = [view for view in views if _is_old(draft, spec, view)]
-    return [view for view in views if view not in stale], stale
-
-
-def _is_old(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
-    return _is_stale(draft, spec, view) or bool(worn(draft, view))
-
-
-def _retire_stale(draft: Draft, stale: Sequence[InstanceView]) -> None:
-    for view in stale:
-        draft.retire(view, StopReason.REPLACED, worn(draft, view) or "its config changed")
-
-
-def _is_stale(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
-    """Launched from something else than the config now says. What is not known is not stale."""
-    if view.backend not in spec.backends:
-        return True
-    offers = [c for c in draft.observed.candidates.get(spec.name, ()) if c.backend == view.backend]
-    return any(offer.fingerprint and offer.fingerprint != view.fingerprint for offer in offers)
-
-
-def _is_known(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:
-    offers = draft.observed.candidates.get(spec.name, ())
-    return any(offer.backend == view.backend and offer.fingerprint for offer in offers)
-
-
-def _retire_surplus(draft: Draft, want: Want, fresh: Sequence[InstanceView]) -> None:
-    if any(not _is_known(draft, want.spec, view) for view in fresh):
-        return  # one of them may be stale and about to be replaced by the other: wait until that is known
-    by_worth = sorted(fresh, key=lambda v: (v.state is not InstanceState.READY, -draft.leases(v), v.id))
-    for view in by_worth[want.count :]:
-        draft.retire(view, StopReason.UNWANTED, f"{want.count} wanted, {len(fresh)} there")
+def grow(draft: Draft, want: Want) -> None:
+    """One more replica, where requests keep waiting although all that are wanted are there: in room that nobody else needs."""
+    waiting = draft.demand.waiting.get(want.spec.name)
+    if waiting is None or want.most <= want.count:
+        return
+    fresh, _ = present(draft, want.spec)
+    if not want.count <= len(fresh) < want.most or any(view.state is not InstanceState.READY for view in fresh):
+        return
+    at = Instant(waiting.oldest + GROW_AFTER)
+    if draft.now < at:
+        draft.wake(at)
+        return
+    outcome = Outcome()
+    for candidate, need in _startable(draft, want, outcome):
+        answer = place(need, want.spec, draft.ledger.room, draft.site, candidate.gpus)
+        if isinstance(answer, Placement):
+            free = not draft.loads_there(answer) and draft.may_give(answer.reserved)
+            outcome.started = [_give(draft, want, candidate, answer)] if free else []
+            break
+        outcome.sentence = answer.sentence
+    draft.decide(describe(draft, want, outcome))
 
 
 def _start_missing(draft: Draft, want: Want, missing: int) -> Outcome:
@@ -137,7 +126,7 @@ def _startable(draft: Draft, want: Want, outcome: Outcome) -> list[tuple[Candida
             draft.wake(verdict.at)
             _rule_out(outcome, candidate, ModelState.BACKOFF, _backoff_sentence(verdict, draft.now), retry_at=verdict.at)
         else:
-            found.append((candidate, candidate.estimate))
+            found.append(_taught(draft, want.spec, candidate, candidate.estimate))
     if not found and outcome.state is None:
         outcome.state, outcome.sentence = ModelState.STARTING, "wanted: its files and engines are being looked at"
     return found
@@ -153,12 +142,23 @@ def _ending_twin(draft: Draft, spec: ModelSpec, candidate: Candidate) -> Instanc
 
 
 def _restart_verdict(draft: Draft, spec: ModelSpec, candidate: Candidate) -> RestartVerdict:
-    own = [
+    return next_restart(spec.restart, _own_exits(draft, spec, candidate), now=draft.now)
+
+
+def _own_exits(draft: Draft, spec: ModelSpec, candidate: Candidate) -> list[ExitRecord]:
+    """Ends of the same launch of the same file, save those that an operator has forgiven."""
+    forgiven = draft.demand.forgiven.get(spec.name, EVER)
+    return [
         record
         for record in draft.observed.exits.get(spec.name, ())
-        if record.fingerprint == candidate.fingerprint and record.identity == candidate.facts.identity
+        if record.fingerprint == candidate.fingerprint and record.identity == candidate.facts.identity and record.at > forgiven
     ]
-    return next_restart(spec.restart, own, now=draft.now)
+
+
+def _taught(draft: Draft, spec: ModelSpec, candidate: Candidate, need: VramEstimate) -> tuple[Candidate, VramEstimate]:
+    """The offer, with its need raised where such launches ran out of memory: what was too little is not tried again."""
+    raised = taught(need, _own_exits(draft, spec, candidate))
+    return (candidate, need) if raised is need else (replace(candidate, estimate=raised), raised)
 
 
 def _backoff_sentence(verdict: RestartVerdict, now: Instant) -> str:
@@ -189,15 +189,22 @@ def _start_one(
             _rule_out(outcome, candidate, ModelState.WAITING, sentence)
             return None
         if isinstance(answer, Placement):
-            action = StartInstance(
-                instance=draft.next_id(want.spec.name), spec=want.spec, candidate=candidate, placement=answer, why=want.why
-            )
-            draft.start(action)
-            return action
+            if draft.may_give(answer.reserved):
+                return _give(draft, want, candidate, answer)
+            outcome.state = ModelState.STARTING
+            outcome.sentence = f"wanted: {draft.site.label(answer.gpus[0])} is read again before its memory is given"
+            return None
         shortages.append(Short(answer, attempt))
         outcome.engines[candidate.backend] = answer.sentence
     _ask_for_room(draft, want, shortages, outcome)
     return None
+
+
+def _give(draft: Draft, want: Want, candidate: Candidate, placement: Placement) -> StartInstance:
+    key = draft.next_id(want.spec.name)
+    action = StartInstance(instance=key, spec=want.spec, candidate=candidate, placement=placement, why=want.why)
+    draft.start(action)
+    return action
 
 
 def _ask_for_room(draft: Draft, want: Want, shortages: Sequence[Short], outcome: Outcome) -> None:
@@ -207,7 +214,7 @@ def _ask_for_room(draft: Draft, want: Want, shortages: Sequence[Short], outcome:
             outcome.state, outcome.sentence = ModelState.FAILED, shortages[0].answer.sentence
             outcome.hint = "raise the budget, or lower context, parallel or the model's size"
         return
-    _, own = _present(draft, want.spec)
+    _, own = present(draft, want.spec)
     making = make_room(draft, for_model(draft, want), possible, own)
     outcome.state, outcome.retry_at, outcome.in_the_way = ModelState.WAITING, None, making.own_leave
     outcome.sentence = short_sentence(draft, making, own)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from offloadd.clock import Clock
 from offloadd.errors import RequestError
-from offloadd.plan.admission import Granted, Queued, Refused, Seat, admit
+from offloadd.plan.admission import Granted, Queued, Refused, Seat, admit, retry_after
 from offloadd.state.actions import Decision
 from offloadd.state.demand import Demand, Waiting
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import Endpoint, EngineApi
 from offloadd.units import Instant, Seconds, format_seconds
+
+KEEPALIVE = Seconds(5)
+"""How often a request that waits may give its client a sign of life."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +81,14 @@ class LeaseBook:
         self._lines: dict[ModelName, _Line] = {}
         self._leases: dict[InstanceId, set[Lease]] = {}
         self._last_used: dict[ModelName, Instant] = {}
+        self._idle_since: dict[InstanceId, Instant] = {}
         self._closed = ""
 
-    async def acquire(self, spec: ModelSpec) -> Lease:
+    async def acquire(self, spec: ModelSpec, *, while_waiting: Callable[[Seconds], Awaitable[None]] | None = None) -> Lease:
         """Wait for an instance of the model; RequestError when it is refused or has waited too long.
 
-        Whoever gets a lease must `release` it.
+        While it waits, `while_waiting` is called every KEEPALIVE with the time waited: a streaming client may be sent a sign then.
+        If it raises, the request leaves the queue. Whoever gets a lease must `release` it.
         """
         if self._closed:
             raise RequestError(503, "shutting_down", self._closed, retry_after=Seconds(5))
@@ -91,7 +97,7 @@ class LeaseBook:
         line = self._lines.setdefault(spec.name, _Line(spec))
         line.spec = spec
         lease = self._try(spec, len(line.waiters), since=now)
-        return lease or await self._wait(line, _Waiter(now, asyncio.get_running_loop().create_future()))
+        return lease or await self._wait(line, _Waiter(now, asyncio.get_running_loop().create_future()), while_waiting)
 
     def borrow(self, spec: ModelSpec) -> Lease | None:
         """A lease at once and beside the slots, for what costs the instance nothing; None when none is ready.
@@ -107,6 +113,8 @@ class LeaseBook:
         held.discard(lease)
         if not held:
             self._leases.pop(lease.host.instance, None)
+        if not self._held(lease.host.instance) and not lease.beside:
+            self._idle_since[lease.host.instance] = self._clock.now()
         if lease.beside:
             return
         model = lease.host.instance.model
@@ -114,6 +122,10 @@ class LeaseBook:
             self._last_used[model] = self._clock.now()
         self._serve(model)
         self._wake()
+
+    def forget(self, instance: InstanceId) -> None:
+        """It is off the books."""
+        self._idle_since.pop(instance, None)
 
     def hang_up(self, instance: InstanceId, why: str) -> None:
         """Tell every request on the instance to end."""
@@ -139,6 +151,7 @@ class LeaseBook:
             waiting={model: Waiting(count=len(waiters), oldest=waiters[0].since) for model, waiters in lines.items()},
             leases={instance: self._held(instance) for instance in self._leases if self._held(instance)},
             last_used=dict(self._last_used),
+            idle_since={instance: at for instance, at in self._idle_since.items() if not self._held(instance)},
         )
 
     def forget_models(self, kept: Callable[[ModelName], ModelSpec | None]) -> None:
@@ -152,18 +165,34 @@ class LeaseBook:
             del self._lines[model]
             self._last_used.pop(model, None)
 
-    async def _wait(self, line: _Line, waiter: _Waiter) -> Lease:
+    async def _wait(self, line: _Line, waiter: _Waiter, told: Callable[[Seconds], Awaitable[None]] | None) -> Lease:
         line.waiters.append(waiter)
         self._wake()
         limit = line.spec.queue.max_wait
         try:
             async with asyncio.timeout(limit):
-                return await waiter.granted
+                return await (waiter.granted if told is None else self._granted(waiter, told))
         except BaseException as error:
             self._leave(line, waiter)
             if isinstance(error, TimeoutError):
                 raise self._too_late(line.spec, limit) from None
             raise
+
+    async def _granted(self, waiter: _Waiter, told: Callable[[Seconds], Awaitable[None]]) -> Lease:
+        """The lease. A client that takes no bytes must not keep us from seeing that it is granted."""
+        while not waiter.granted.done():
+            await asyncio.wait({waiter.granted}, timeout=KEEPALIVE)
+            if not waiter.granted.done():
+                telling = asyncio.ensure_future(told(Seconds(self._clock.now() - waiter.since)))
+                both: set[asyncio.Future[Any]] = {waiter.granted, telling}
+                try:
+                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    telling.cancel()
+                    await asyncio.gather(telling, return_exceptions=True)
+                if not telling.cancelled():
+                    telling.result()
+        return waiter.granted.result()
 
     def _leave(self, line: _Line, waiter: _Waiter) -> None:
         """Out of the queue without a lease. A grant that came in the same moment is given back."""
@@ -177,7 +206,7 @@ class LeaseBook:
         decision = self._decision(spec.name)
         state = f"; {spec.name} {decision.sentence}" if decision else ""
         message = f"waited {format_seconds(limit)} for {spec.name} (queue.max_wait){state}"
-        return RequestError(504, "wait_timeout", message, retry_after=Seconds(5))
+        return RequestError(504, "wait_timeout", message, retry_after=retry_after(decision))
 
     def _serve(self, model: ModelName) -> None:
         line = self._lines.get(model)

@@ -27,6 +27,7 @@ from offloadd.state.desired import BackendKind, Engine
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import ExitCause, ExitKind, ExitStatus
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView, ObservedState
+from offloadd.units import Seconds
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Executor:
         self._lend = lend
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
         self._instances: dict[InstanceId, AnyInstance] = {}
+        self._load_times: dict[ModelName, Seconds] = {}
         self._exits: dict[ModelName, deque[ExitRecord]] = {}
         self._launches: dict[ModelName, int] = dict(tools.logs.launches())
 
@@ -62,8 +64,13 @@ class Executor:
 
     def observed(self) -> ObservedState:
         """What is known of instances without reading the machine."""
+        views = self.views()
+        for view in views.values():
+            if view.ready_at is not None and view.adopted_at is None:
+                self._load_times[view.model] = Seconds(view.ready_at - view.started_at)
         return ObservedState(
-            instances=self.views(),
+            instances=views,
+            load_times=dict(self._load_times),
             exits={model: tuple(records) for model, records in self._exits.items()},
             launches=dict(self._launches),
         )
@@ -93,6 +100,7 @@ class Executor:
         """Drop the history of models that the config no longer names."""
         for name in [name for name in self._exits if name not in kept]:
             del self._exits[name]
+        self._load_times = {name: span for name, span in self._load_times.items() if name in kept}
 
     def stop_all(self, why: str) -> None:
         """End every instance now, requests or not."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from offloadd.state.demand import Wish
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
 from offloadd.state.launch import Candidate, Placement
@@ -20,6 +21,7 @@ class StopReason(StrEnum):
     IDLE = "idle"
     EVICTED = "evicted"
     SHUTDOWN = "shutdown"
+    BY_HAND = "by-hand"
     START_TIMEOUT = "start-timeout"
     HUNG = "hung"
 
@@ -106,6 +108,10 @@ class Decision:
     hint: str = ""
     retry_at: Instant | None = None
     """When a start will next be tried, if time alone decides."""
+    ready_in: Seconds | None = None
+    """How long until it is ready, by how long its last load took; None when that is not known or nothing is under way."""
+    wish: Wish | None = None
+    """What an operator asked for by hand."""
     engines: Mapping[BackendName, str] = field(default_factory=dict)
     """Engines that cannot serve the model now, each with the reason."""
 
@@ -139,3 +145,5 @@ class Plan:
     """Loans among them that an empty machine could not give either."""
     accounts: Mapping[DeviceId, DeviceAccount] = field(default_factory=dict)
     wake_at: Instant | None = None
+    read_now: bool = False
+    """Memory is about to be given on a reading that is too old: devices are to be read at once."""

@@ -131,6 +131,8 @@ class DeviceView:
     """Whether it has no memory of its own: then `total` and `free` are the machine's RAM, which `host` counts as well."""
     slice_of: str = ""
     """The card that this MIG slice is a part of, by UUID; a process can use only one slice."""
+    read_at: Instant | None = None
+    """When it was read; None where that is not told, and then it counts as just now."""
     problem: str = ""
     """What of it can't be read, and why; its memory is known all the same."""
 
@@ -175,6 +177,8 @@ class ObservedState:
     """Ends of instances, oldest first, bounded."""
     launches: Mapping[ModelName, int] = field(default_factory=dict)
     """Highest instance number ever used, per model."""
+    load_times: Mapping[ModelName, Seconds] = field(default_factory=dict)
+    """From start to ready, of the latest instance of each model that became ready."""
     foreign: Mapping[DeviceId, tuple[ForeignProcess, ...]] = field(default_factory=dict)
     """Processes on GPUs that belong to no instance, largest first, bounded."""
     blind: str = ""

@@ -11,7 +11,7 @@ from offloadd.state.ids import ModelName
 from offloadd.units import Seconds
 from tests.sim import faults
 from tests.sim.properties import LIVENESS, check_cycle
-from tests.sim.world import ALPHA, BETA, Fate, World, small_world, spec
+from tests.sim.world import ALPHA, BETA, Fate, Process, World, small_world, spec
 
 EDITS: Sequence[dict[str, object]] = (
     {"context": 4096},
@@ -32,6 +32,8 @@ EDITS: Sequence[dict[str, object]] = (
     {"backends": (ALPHA, BETA)},
     {"replicas": Replicas(min=2, max=2)},
     {"replicas": Replicas()},
+    {"replicas": Replicas(min=0, max=3)},
+    {"replicas": Replicas(min=1, max=2)},
     {"idle_timeout": Seconds(5)},
     {"idle_timeout": Seconds(90)},
     {"idle_timeout": Seconds(0)},
@@ -50,6 +52,10 @@ def some_of(actions: Sequence[Action], mix: random.Random) -> list[Action]:
     chosen = [action for action in actions if mix.random() < 0.6]
     mix.shuffle(chosen)
     return chosen
+
+
+def _leak(world: World, process: Process) -> None:
+    faults.leak(world, process, 0.2)
 
 
 class Driver:
@@ -85,8 +91,10 @@ class Driver:
             self._request()
         elif draw < 0.82:
             faults.leave(self.world, mix.randrange(100))
-        elif draw < 0.87:
+        elif draw < 0.86:
             self._edit()
+        elif draw < 0.87:
+            self.world.wish(self._model(), load=mix.random() < 0.5)
         elif draw < 0.93:
             self._process_fault()
         else:
@@ -115,9 +123,13 @@ class Driver:
         model = self._model()
         if world.processes and mix.random() < 0.4:
             process = mix.choice(list(world.processes.values()))
-            (faults.crash if mix.random() < 0.5 else faults.hang)(world, process)
+            mix.choice((faults.crash, faults.crash, faults.hang, faults.hang, _leak))(world, process)
         elif mix.random() < 0.4:
             faults.behave(world, model)
+        elif mix.random() < 0.1:
+            faults.run_out_of_memory(world, model, mix.choice((1.1, 1.3)))
+        elif mix.random() < 0.1:
+            faults.leave_workers_behind(world, model, mix.choice((0.5, 5.0)))
         elif mix.random() < 0.5:
             faults.next_ones(world, model, mix.choice(FATES), load=mix.choice((0.5, 5.0, 30.0)))
         else:

@@ -46,6 +46,21 @@ def take_less(world: World, model: ModelName, share: float) -> None:
     world.scripts[model] = replace(world.scripts.get(model, Script()), takes=share)
 
 
+def run_out_of_memory(world: World, model: ModelName, needs: float) -> None:
+    """Its next processes need this multiple of what is predicted."""
+    world.scripts[model] = replace(world.scripts.get(model, Script()), needs=needs)
+
+
+def leave_workers_behind(world: World, model: ModelName, seconds: float) -> None:
+    """Its next processes fork workers that hold the memory after their end, until they are found and killed."""
+    world.scripts[model] = replace(world.scripts.get(model, Script()), leaves=seconds)
+
+
+def leak(world: World, process: Process, share: float) -> None:
+    """It grows beyond what it was promised."""
+    world.leak(process, share)
+
+
 def behave(world: World, model: ModelName) -> None:
     """Its next processes do what they should."""
     world.scripts.pop(model, None)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from offloadd.plan.accounting import limit_of
 from offloadd.plan.planner import plan
-from offloadd.plan.restart import WELL
+from offloadd.plan.restart import WELL, taught
 from offloadd.state.actions import (
     Action,
     AdoptInstance,
@@ -33,7 +33,8 @@ from tests.sim.device_properties import DEVICE_REPLAN, DEVICE_STEP, loan_fits
 from tests.sim.step import Broken, Step, take_step
 from tests.sim.world import AT_FAULT, World
 
-FOR_A_REASON = (StopReason.EVICTED, StopReason.IDLE, StopReason.REPLACED)
+DEMANDS = ("waiting", "leases", "last_used", "idle_since", "loans", "wishes", "forgiven")
+FOR_A_REASON = (StopReason.EVICTED, StopReason.IDLE, StopReason.REPLACED, StopReason.BY_HAND)
 
 # Safety: every plan by itself
 
@@ -137,7 +138,13 @@ def what_an_earlier_daemon_left_is_adopted_or_stopped_for_a_reason(step: Step) -
         if isinstance(action, StopInstance):
             spec = step.spec(view.model)
             others = [one for one in step.observed.instances.values() if one.model == view.model and one.id != view.id]
-            fine = spec is None or spec.run is RunMode.NEVER or action.reason in FOR_A_REASON or others
+            fine = (
+                spec is None
+                or spec.run is RunMode.NEVER
+                or action.reason in FOR_A_REASON
+                or view.model in step.demand.wishes
+                or others
+            )
             if not fine:
                 raise Broken(name, f"{view.id}: {action.why}")
         elif not isinstance(action, AdoptInstance):
@@ -165,7 +172,9 @@ def a_model_is_started_only_for_a_reason(step: Step) -> None:
     name = "a_model_is_started_only_for_a_reason"
     for action in step.starts():
         spec = step.spec(action.instance.model)
-        if spec is None or spec.run is RunMode.NEVER or action.candidate.backend not in spec.backends:
+        by_hand = step.demand.wishes.get(action.instance.model)
+        never = spec is not None and spec.run is RunMode.NEVER and not (by_hand and by_hand.load)
+        if spec is None or never or action.candidate.backend not in spec.backends:
             raise Broken(name, f"{action.instance} is not wanted by the config")
         live = [view for view in step.observed.instances.values() if view.model == spec.name and view.state not in LEAVING]
         if not live and not _has_demand(step, spec):
@@ -177,8 +186,24 @@ def a_model_is_started_only_for_a_reason(step: Step) -> None:
             raise Broken(name, f"{len(same)} + {new} instances of {spec.name}")
 
 
+def a_spare_replica_is_started_only_where_requests_have_waited(step: Step) -> None:
+    """Beyond the number that is always wanted, one at a time, when a request has waited for two seconds."""
+    name = "a_spare_replica_is_started_only_where_requests_have_waited"
+    for action in step.starts():
+        spec, waiting = action.spec, step.demand.waiting.get(action.instance.model)
+        live = [view for view in step.observed.instances.values() if view.model == spec.name and view.state not in LEAVING]
+        goes = {ended.instance for ended in step.ends()}
+        same = [view for view in live if view.fingerprint == action.candidate.fingerprint and view.id not in goes]
+        if len(same) < max(1, spec.replicas.min):
+            continue
+        if waiting is None or waiting.oldest > step.now - 2 + 1e-6 or any(v.state is not InstanceState.READY for v in same):
+            raise Broken(name, f"{action.instance} beside {[str(view.id) for view in same]}, {waiting}")
+
+
 def _has_demand(step: Step, spec: ModelSpec) -> bool:
-    return spec.run is RunMode.ALWAYS or spec.name in step.demand.waiting
+    wish = step.demand.wishes.get(spec.name)
+    always = spec.run is RunMode.ALWAYS if wish is None else wish.load
+    return always or spec.name in step.demand.waiting
 
 
 def a_permanently_broken_model_is_not_started_again(step: Step) -> None:
@@ -219,11 +244,19 @@ def _failures(records: Sequence[ExitRecord]) -> tuple[int, float]:
 
 
 def _same_launch(step: Step, action: StartInstance) -> list[ExitRecord]:
-    return [
-        record
-        for record in step.world.exits.get(action.instance.model, [])
-        if record.fingerprint == action.candidate.fingerprint and record.identity == action.candidate.facts.identity
-    ]
+    return step.exits(action.instance.model, action.candidate)
+
+
+def what_ran_out_of_memory_is_given_more(step: Step) -> None:
+    """The same launch is not started again with as little as the one that was too small, while that is remembered."""
+    for action in step.starts():
+        exits = _same_launch(step, action)
+        wells = [index for index, record in enumerate(exits) if record.ready_for is not None and record.ready_for >= WELL]
+        short = [r for r in exits[max(wells, default=-1) + 1 :] if r.cause.kind is ExitKind.OUT_OF_MEMORY]
+        need, offers = action.candidate.estimate, step.observed.candidates[action.instance.model]
+        predicted = next(offer.estimate for offer in offers if offer.backend == action.candidate.backend)
+        if need is None or predicted is None or need.total < predicted.total * 1.15 ** len(short) - 1:
+            raise Broken("what_ran_out_of_memory_is_given_more", f"{action.instance}: {need} after {len(short)}, of {predicted}")
 
 
 def room_on_its_way_is_kept_for_the_first_in_line(step: Step) -> None:
@@ -260,7 +293,10 @@ def _waits_for_room(step: Step, spec: ModelSpec) -> bool:
 
 def _rank(step: Step, spec: ModelSpec) -> tuple[int, float]:
     waiting = step.demand.waiting.get(spec.name)
-    since = float("-inf") if spec.run is RunMode.ALWAYS else waiting.oldest if waiting else step.now
+    wish = step.demand.wishes.get(spec.name)
+    since = float("-inf") if spec.run is RunMode.ALWAYS and wish is None else waiting.oldest if waiting else step.now
+    if wish and wish.load:
+        since = wish.since
     return (-spec.priority, since)
 
 
@@ -279,7 +315,7 @@ def no_more_is_evicted_than_the_waiters_need(step: Step) -> None:
     for spec in step.desired.models.values():
         fresh = sum(action.instance.model == spec.name for action in step.starts())
         if _has_demand(step, spec) or fresh:
-            offers = [offer.estimate.total for offer in step.observed.candidates[spec.name] if offer.estimate is not None]
+            offers = [need.total for need in step.needs(spec.name)]
             needs += max(offers, default=0) * max(1, spec.replicas.min)
     freed = sum(view.placement.total for view in evicted)
     spare = account.room + account.releasing + freed - needs
@@ -310,6 +346,8 @@ STEP: tuple[Callable[[Step], None], ...] = (
     a_model_is_started_only_for_a_reason,
     a_permanently_broken_model_is_not_started_again,
     a_model_that_keeps_failing_backs_off_and_is_given_up,
+    what_ran_out_of_memory_is_given_more,
+    a_spare_replica_is_started_only_where_requests_have_waited,
     room_on_its_way_is_kept_for_the_first_in_line,
     no_more_is_evicted_than_the_waiters_need,
     every_model_gets_a_verdict,
@@ -329,11 +367,9 @@ def the_same_inputs_in_any_order_give_the_same_plan(step: Step, seed: int = 1) -
         return dict(pairs)
 
     desired = replace(step.desired, models=shuffled(step.desired.models))
-    fields = ("instances", "devices", "candidates", "exits", "launches")
+    fields = ("instances", "devices", "candidates", "exits", "launches", "load_times")
     observed = replace(step.observed, **{name: shuffled(getattr(step.observed, name)) for name in fields})
-    demand = replace(
-        step.demand, **{name: shuffled(getattr(step.demand, name)) for name in ("waiting", "leases", "last_used", "loans")}
-    )
+    demand = replace(step.demand, **{name: shuffled(getattr(step.demand, name)) for name in DEMANDS})
     again = plan(desired, observed, demand, now=Instant(step.now))
     if again != step.plan:
         raise Broken("the_same_inputs_in_any_order_give_the_same_plan", f"{step.plan}\n{again}")
@@ -427,7 +463,8 @@ def every_model_that_must_run_does_or_says_why(world: World) -> None:
     step = take_step(world)
     for name, spec in world.desired.models.items():
         state = step.plan.decisions[name].state
-        if spec.run is not RunMode.ALWAYS or state in (ModelState.READY, ModelState.FAILED):
+        wish = world.wishes.get(name)
+        if spec.run is not RunMode.ALWAYS or (wish and not wish.load) or state in (ModelState.READY, ModelState.FAILED):
             continue
         name_ = "every_model_that_must_run_does_or_says_why"
         if state is not ModelState.WAITING:
@@ -440,7 +477,8 @@ def every_model_that_must_run_does_or_says_why(world: World) -> None:
             step.add(room, loan.granted or {}, -step.weight(loan))
         short = step.plan.decisions[name].engines  # the others have a reason of their own
         offers = [offer for offer in step.observed.candidates[name] if short.get(offer.backend, "").startswith("needs")]
-        if any(offer.estimate and step.fits(offer.estimate, spec, room) for offer in offers) and not step.loans_wait():
+        needs = [taught(offer.estimate, step.exits(name, offer)) for offer in offers if offer.estimate]
+        if any(step.fits(need, spec, room) for need in needs) and not step.loans_wait():
             raise Broken(name_, f"{name} waits although {room} could be had: {step.plan.decisions[name].sentence}")
 
 

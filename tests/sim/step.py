@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from offloadd.plan.accounting import pool
 from offloadd.plan.placement import Site, place
 from offloadd.plan.planner import plan
+from offloadd.plan.restart import taught
 from offloadd.state.actions import (
     Action,
     AdoptInstance,
@@ -22,8 +23,8 @@ from offloadd.state.actions import (
 from offloadd.state.demand import Demand, Loan
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import DeviceId, InstanceId, ModelName
-from offloadd.state.launch import Placement, VramEstimate
-from offloadd.state.observed import LEAVING, InstanceView, ObservedState
+from offloadd.state.launch import Candidate, Placement, VramEstimate
+from offloadd.state.observed import LEAVING, ExitRecord, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant
 from tests.sim.world import World
 
@@ -76,7 +77,17 @@ class Step:
 
     def needs(self, model: ModelName) -> list[VramEstimate]:
         """What each engine would need for it."""
-        return [offer.estimate for offer in self.observed.candidates[model] if offer.estimate is not None]
+        offers = [offer for offer in self.observed.candidates[model] if offer.estimate is not None]
+        return [taught(offer.estimate, self.exits(model, offer)) for offer in offers if offer.estimate is not None]
+
+    def exits(self, model: ModelName, offer: Candidate) -> list[ExitRecord]:
+        """Ends of launches of this offer that nobody has forgiven."""
+        return [
+            record
+            for record in self.world.exits.get(model, [])
+            if (record.fingerprint, record.identity) == (offer.fingerprint, offer.facts.identity)
+            and record.at > self.demand.forgiven.get(model, float("-inf"))
+        ]
 
     # Memory
 

@@ -107,6 +107,18 @@ class Planner(RuleBasedStateMachine):
     def the_next_processes_ignore_term(self, model: ModelName) -> None:
         faults.ignore_term(self.world, model)
 
+    @rule(model=MODELS, needs=st.sampled_from((1.1, 1.3)))
+    def the_next_processes_need_more_than_is_predicted(self, model: ModelName, needs: float) -> None:
+        faults.run_out_of_memory(self.world, model, needs)
+
+    @rule(model=MODELS, seconds=st.sampled_from((0.5, 5.0)))
+    def the_next_processes_leave_workers_behind(self, model: ModelName, seconds: float) -> None:
+        faults.leave_workers_behind(self.world, model, seconds)
+
+    @rule(model=MODELS, load=st.booleans())
+    def an_operator_loads_or_unloads_a_model(self, model: ModelName, load: bool) -> None:
+        self.world.wish(self.named(model), load=load)
+
     @rule(model=MODELS)
     def the_next_processes_behave(self, model: ModelName) -> None:
         faults.behave(self.world, model)
@@ -120,6 +132,12 @@ class Planner(RuleBasedStateMachine):
     def a_process_crashes_or_hangs(self, index: int, hangs: bool) -> None:
         running = list(self.world.processes.values())
         (faults.hang if hangs else faults.crash)(self.world, running[index % len(running)])
+
+    @precondition(lambda self: self.world.processes)
+    @rule(index=st.integers(0, 9))
+    def a_process_takes_more_than_it_was_promised(self, index: int) -> None:
+        running = list(self.world.processes.values())
+        faults.leak(self.world, running[index % len(running)], 0.2)
 
     @rule(model=MODELS, good=st.booleans())
     def a_model_file_is_replaced(self, model: ModelName, good: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from offloadd.plan import accounting, draft, eviction, loans, placement, room, settle, upkeep
+from offloadd.plan import accounting, draft, eviction, loans, placement, present, room, settle, upkeep
 from offloadd.plan.eviction import Evictable, Relief, choose_victims
 from offloadd.plan.placement import NoRoom, Room, Site
 from offloadd.plan.restart import next_restart
@@ -70,7 +70,7 @@ def pins_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def surplus_is_counted_without_knowing_what_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settle, "_is_known", lambda made, spec, view: True)
+    monkeypatch.setattr(present, "is_known", lambda made, spec, view: True)
 
 
 def everyone_may_evict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from offloadd.state.actions import (
     StopInstance,
     StopReason,
 )
-from offloadd.state.demand import Demand, Loan, Waiting
+from offloadd.state.demand import Demand, Loan, Waiting, Wish
 from offloadd.state.desired import DesiredState, ModelSpec, QueueLimits, RunMode
 from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
 from offloadd.state.launch import Candidate, ExitCause, ExitKind, ExitStatus, ModelFacts, Placement, VramEstimate
@@ -71,6 +71,10 @@ class Script:
     """Time from TERM to the end, when TERM is heeded."""
     takes: float = 1.0
     """Part of its promise that it really allocates."""
+    needs: float = 0.0
+    """Multiple of the prediction below which it runs out of memory while it loads."""
+    leaves: float = 0.0
+    """A worker that it forked holds the memory for so long after its end."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -120,6 +124,11 @@ class Process:
     def loading(self) -> bool:
         """Whether its model is being loaded, under the eyes of a daemon or not."""
         return self.ready_at is None and self.state in (InstanceState.LOADING, InstanceState.ORPHANED)
+
+    def short_by(self, predicted: int) -> int:
+        """How much more than it was given it really needs, where its script says that the prediction is wrong."""
+        estimate = self.candidate.estimate
+        return max(0, int(predicted * self.script.needs) - (estimate.total if estimate else 0))
 
     def mute(self, now: float) -> bool:
         """Whether its working loop answers nothing now: it hangs, or it is deep in a long prompt."""
@@ -175,6 +184,9 @@ class World:
         """How long the memory of ended processes still shows as used."""
         self.loans: dict[str, Loan] = {}
         """Those that are asked for or granted."""
+        self.wishes: dict[ModelName, Wish] = {}
+        self.forgiven: dict[ModelName, Instant] = {}
+        self.load_times: dict[ModelName, Seconds] = {}
         self.unnamed: set[str] = set()
         """Loans whose holders' processes are not known, so that nobody can measure them."""
         self.processes: dict[InstanceId, Process] = {}
@@ -208,6 +220,7 @@ class World:
             candidates={name: self.candidates(spec) for name, spec in self.desired.models.items()},
             exits={name: tuple(records[-EXITS_KEPT:]) for name, records in self.exits.items()},
             launches=dict(self.launches),
+            load_times=dict(self.load_times),
         )
         demand = Demand(
             waiting={
@@ -215,6 +228,13 @@ class World:
             },
             leases={process.id: len(process.held) for process in self.processes.values() if process.held},
             last_used=dict(self.last_used),
+            idle_since={
+                process.id: Instant(process.idle_since)
+                for process in self.processes.values()
+                if process.idle_since and not process.held
+            },
+            wishes=dict(self.wishes),
+            forgiven=dict(self.forgiven),
             loans={
                 name: loan if name in self.unnamed else replace(loan, measured=self.machine.measured(name))
                 for name, loan in self.loans.items()
@@ -403,6 +423,8 @@ class World:
         if process.broken:
             cause = ExitCause(kind=ExitKind.BAD_MODEL, message="its file is damaged", hint="fetch it again", permanent=True)
             self.exit(process, cause, ExitStatus(code=1))
+        elif process.short_by(self.need(process.spec, process.candidate.backend)):
+            self.exit(process, ExitCause(kind=ExitKind.OUT_OF_MEMORY, message="out of memory"), ExitStatus(code=1))
         elif process.script.fate is Fate.CRASHES_LOADING:
             self.crash(process, "exit code 1 while loading")
         elif process.script.fate is not Fate.NEVER_READY:
@@ -413,6 +435,7 @@ class World:
             return
         self._take(process, 1.0)
         process.ready_at = self.now
+        self.load_times[process.id.model] = Seconds(self.now - process.started_at)
         if process.state is InstanceState.LOADING:
             self._enter(process, InstanceState.READY)
             process.last_sign = self.now
@@ -456,11 +479,23 @@ class World:
         )
         self.exits.setdefault(process.id.model, []).append(record)
         self._enter(process, InstanceState.EXITED)
-        self._let_go(process.id)
+        self._let_go(process.id, process.script.leaves)
 
-    def _let_go(self, owner: Hashable) -> None:
+    def leak(self, process: Process, share: float) -> None:
+        """It takes more than it was promised, as far as there is any."""
+        if process.ready_at is None or process.gone:
+            return
+        for device, size in process.placement.reserved.items():
+            spare = self.machine.balance(device)
+            more = max(0, min(int(size * share), spare))
+            self.machine.take(process.id, {device: self.machine.held_by(process.id, device) + more})
+            if self.machine.balance(device) < self.due(device):
+                for card in self.machine.pool(device):
+                    card.robbed = True
+
+    def _let_go(self, owner: Hashable, later: float = 0.0) -> None:
         freed = self.machine.drop(owner)
-        self._later(self.lag, lambda: self.machine.came_back(freed))
+        self._later(self.lag + later, lambda: self.machine.came_back(freed))
 
     def hang(self, process: Process) -> None:
         """It holds its port and its memory, and does nothing any more."""
@@ -489,8 +524,17 @@ class World:
                 self._enter(process, InstanceState.ORPHANED)
         if forgets:
             self.exits.clear()
-        self.last_used.clear()
+        for memory in (self.last_used, self.wishes, self.forgiven, self.load_times):
+            memory.clear()
         self.last_plan = Plan()
+
+    # An operator's hand
+
+    def wish(self, model: ModelName, *, load: bool) -> None:
+        """Load or unload it now. To load it forgives what it did."""
+        self.wishes[model] = Wish(load=load, since=Instant(self.now))
+        if load:
+            self.forgiven[model] = Instant(self.now)
 
     # Loans
 
@@ -621,6 +665,7 @@ class World:
             if request.model not in named and request.instance is None:
                 self._end(request, "refused: model_not_found")
         self.waiting = {name: queue for name, queue in self.waiting.items() if queue}
+        self.wishes.clear()
 
     def edit(self, model: ModelName, **changes: object) -> None:
         """Change one model's entry in the config."""

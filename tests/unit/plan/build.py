@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from offloadd.plan.planner import plan
 from offloadd.state.actions import Plan
-from offloadd.state.demand import Demand, Waiting
+from offloadd.state.demand import Demand, Waiting, Wish
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import HOST_RAM, LOCAL, BackendName, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Candidate, ExitCause, ExitKind, ExitStatus, ModelFacts, Placement, VramEstimate
 from offloadd.state.observed import DeviceView, ExitRecord, InstanceState, InstanceView, ObservedState
-from offloadd.units import Bytes, Instant
+from offloadd.units import Bytes, Instant, Seconds
 
 NOW = Instant(1000.0)
 ALPHA, BETA = BackendName("alpha"), BackendName("beta")
@@ -100,6 +100,10 @@ class Scene:
         self.waiting: dict[ModelName, Waiting] = {}
         self.leases: dict[InstanceId, int] = {}
         self.last_used: dict[ModelName, Instant] = {}
+        self.idle_since: dict[InstanceId, Instant] = {}
+        self.wishes: dict[ModelName, Wish] = {}
+        self.forgiven: dict[ModelName, Instant] = {}
+        self.load_times: dict[ModelName, Seconds] = {}
         self.free: float | None = None
         self.blind = False
 
@@ -125,6 +129,12 @@ class Scene:
         self.waiting[ModelName(name)] = waits(count, ago)
         return self
 
+    def by_hand(self, name: str, *, load: bool, ago: float = 1.0) -> Scene:
+        self.wishes[ModelName(name)] = Wish(load=load, since=Instant(NOW - ago))
+        if load:
+            self.forgiven[ModelName(name)] = Instant(NOW - ago)
+        return self
+
     def plan(self, at: float = NOW) -> Plan:
         used = sum(sum(one.measured.values()) for one in self.instances.values()) / 2**30
         observed = ObservedState(
@@ -132,9 +142,17 @@ class Scene:
             devices={} if self.blind else {HOST_RAM: ram(16.0 - used if self.free is None else self.free)},
             candidates=self.candidates,
             exits=self.exits,
+            load_times=self.load_times,
             launches={name: max((k.number for k in self.instances if k.model == name), default=0) for name in self.models},
         )
-        demand = Demand(waiting=self.waiting, leases=self.leases, last_used=self.last_used)
+        demand = Demand(
+            waiting=self.waiting,
+            leases=self.leases,
+            last_used=self.last_used,
+            idle_since=self.idle_since,
+            wishes=self.wishes,
+            forgiven=self.forgiven,
+        )
         return plan(DesiredState(models=self.models), observed, demand, now=Instant(at))
 
     def says(self, name: str) -> str:
