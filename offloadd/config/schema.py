@@ -261,10 +261,8 @@ class ModelSettings(Section):
 
     run: Annotated[RunMode, Strict(False)] = _MODEL.run
     """`always`, `on-demand` (while requests want it) or `never`."""
-    replicas: Annotated[
-        ReplicaRange, fields.SameBoth, NotYet("replicas above min are not started yet", lambda value: value.max > value.min)
-    ] = ReplicaRange()
-    """How many instances run: a number, or `{min: 0, max: 3}`."""
+    replicas: Annotated[ReplicaRange, fields.SameBoth] = ReplicaRange()
+    """How many instances run: a number, or `{min: 0, max: 3}`. More than min run while requests wait, as far as there is room."""
     idle_timeout: fields.Time = _MODEL.idle_timeout
     """On-demand only: unloaded after this time without a request; 0 means never."""
     priority: Annotated[int, Field(ge=0, le=100)] = _MODEL.priority

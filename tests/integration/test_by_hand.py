@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from offloadd.plan.draft import FRESH
 from tests.conformance.servers import until
 from tests.integration.daemon import Daemon, model, running
 from tests.integration.gpu import cards, gpu_model, process_holding, running_on
@@ -84,6 +86,7 @@ def test_a_card_is_read_again_before_its_memory_is_given(tmp_path: Path) -> None
     models = {"large": gpu_model(16)}
     with running_on(nvml, tmp_path, models, patches={"offloadd.daemon.REFRESH": 3600.0}) as daemon:
         until(lambda: daemon.look("large")["fits"] == "now", "the card is read")
+        time.sleep(FRESH + 0.5)  # the reading grows old, and nobody renews it
         with process_holding(nvml, 0, 12):
             asked = daemon.chat_soon("large")
             waits = daemon.wait_for("large", "waiting")
