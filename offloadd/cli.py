@@ -15,6 +15,7 @@ from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, json_s
 from offloadd.daemon import serve
 from offloadd.demo import run_demo
 from offloadd.errors import OffloaddError
+from offloadd.migrate.commands import app as import_app
 from offloadd.systemd import Manager
 from offloadd.terminal import FAILED, JsonOption, run_app
 
@@ -26,6 +27,8 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(import_app, name="import")
 
 ConfigArgument = Annotated[Path, typer.Argument(help="A config file, or a directory of them.")]
 
