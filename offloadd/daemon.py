@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -24,7 +25,7 @@ from offloadd.api.logs import logs_route
 from offloadd.api.meters import Meters
 from offloadd.api.metrics import PictureCollector
 from offloadd.api.picture import ConfigStatus, Picture, Problem
-from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models
+from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models, of_processes
 from offloadd.api.service import Service
 from offloadd.backends.base import Backend, backend_of
 from offloadd.chronicle import Chronicle, registry_of
@@ -46,6 +47,7 @@ from offloadd.proxy.keeping import KeepBook
 from offloadd.proxy.leases import Host, LeaseBook
 from offloadd.proxy.upstream import Pool
 from offloadd.registry.content import content_of_model
+from offloadd.registry.lives import LifeBook
 from offloadd.registry.readers import read_model
 from offloadd.runtime.executor import Executor
 from offloadd.runtime.instance import Tools
@@ -53,16 +55,18 @@ from offloadd.runtime.launchers.local import LocalLauncher
 from offloadd.runtime.loans import LoanBook
 from offloadd.runtime.lock import locked
 from offloadd.runtime.logs import LogFolder, printable
+from offloadd.runtime.orphans import take_up
 from offloadd.runtime.reconciler import Reconciler
 from offloadd.runtime.reload import ConfigStore, explain
 from offloadd.runtime.wishes import WishBook
 from offloadd.state.actions import Decision, Plan
 from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState, ModelSpec
+from offloadd.state.desired import DesiredState, HealthPolicy, ModelSpec, OnStop
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import EngineApi
 from offloadd.state.observed import LEAVING, InstanceState, ObservedState
 from offloadd.state.served import Served
+from offloadd.succession import Heirloom, ready_for_signals, rehearse, take_place
 from offloadd.systemd import Manager
 from offloadd.units import Seconds
 
@@ -78,6 +82,8 @@ GRACE = Seconds(30)
 """On SIGTERM, requests that run may go on for so long; a second signal ends the wait."""
 LAST_CALL = Seconds(0.25)
 """Who was let in just before we accept no more gets so long to send a request."""
+HAND_OVER = Seconds(5)
+"""What began just before another program takes our place may go on for so long."""
 STOP_MARGIN = Seconds(15)
 """Beyond the grace and the slowest server's stop_timeout: killing, reaping, closing."""
 STALLED = Seconds(30)
@@ -103,7 +109,10 @@ async def serve(
     data_dir = Path(store.applied.desired.storage.data_dir)
     with locked(data_dir):
         async with open_session() as session:
-            await Daemon(store, backends, clock, data_dir, session, manager or Manager()).run(started)
+            daemon = Daemon(store, backends, clock, data_dir, session, manager or Manager())
+            await daemon.run(started)
+    if daemon.heirlooms is not None:
+        take_place(daemon.heirlooms, daemon.environment(), told_to_end=daemon.told_to_end)
 
 
 class Daemon:
@@ -133,6 +142,11 @@ class Daemon:
         self.meters.registry.register(PictureCollector(self.look))
         self._leaving = asyncio.Event()
         self._closing = False
+        self._replacing = False
+        self._succeeded = False
+        """Whether we end because another program takes our place."""
+        self.heirlooms: Sequence[Heirloom] | None = None
+        """Sockets for the program that is to take our place once we have ended; None when none is."""
         self._hurry = asyncio.Event()
         self._asked: asyncio.Task[Picture] | None = None
         self._observer = Observer([HostReader(), NvmlReader(), AmdReader()], backends, read_model, content_of_model, clock)
@@ -141,6 +155,7 @@ class Daemon:
         self._read_now = asyncio.Event()
         self._begun = store.applied.desired
         self._launcher = LocalLauncher(data_dir)
+        self._lives = LifeBook(data_dir / "state.db")
         self._logs = LogFolder(data_dir / "logs")
         self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake)
         self._keeping = KeepBook()
@@ -161,7 +176,8 @@ class Daemon:
         """Serve until told to stop, which may be while it starts."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
-        await self._clear_strays()
+        ready_for_signals()
+        await self._take_over()
         await self._chronicle.recorder.start()
         self._observer.know(self._chronicle.recorder.footprints)
         await self._look_ahead(self._store.applied.desired)
@@ -180,12 +196,15 @@ class Daemon:
             log.info("offloadd %s started, on %s", __version__, eventloop.NAME, extra=about(EventKind.DAEMON_STARTED))
             started(self)
             self._service.ready()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, lambda: group.create_task(self._replace()))
             await self._leaving.wait()
-            await self._wind_down()
+            await (self._hand_over() if self._succeeded else self._wind_down())
+            self._end_signals()
             for task in tasks:
                 task.cancel()
         await self._chronicle.close()
-        _ignore_signals()
+        await asyncio.to_thread(self._lives.close)
+        self._launcher.close()
 
     def stop(self) -> None:
         """Begin to end: as SIGTERM does. Called again, it stops waiting for requests."""
@@ -233,17 +252,31 @@ class Daemon:
             clock=self._clock,
             launcher=self._launcher,
             logs=self._logs,
+            lives=self._lives,
+            boot=self._launcher.boot,
             probe=Prober(self._session),
             holds_port=holds_port,
             changed=self._changed,
+            held=lambda key: self._book.demand().leases.get(key, 0),
+            health=self._health,
             hang_up=self._hang_up,
         )
 
-    async def _clear_strays(self) -> None:
-        """Processes of an earlier daemon that was killed: what we cannot vouch for must not keep memory."""
-        killed = await asyncio.to_thread(self._launcher.sweep_home)
-        if killed:
-            log.warning("killed %d processes that an earlier daemon with this data folder had left running", killed)
+    async def _take_over(self) -> None:
+        """Processes of an earlier daemon that was killed: what we can vouch for serves on, and all else must not keep memory."""
+        desired = self._store.applied.desired
+        orphans = await take_up(
+            self._lives.lives(),
+            lives=self._lives,
+            launcher=self._launcher,
+            holds_port=holds_port,
+            startable=lambda life: life.backend in desired.engines and desired.engines[life.backend].adapter in self._backends,
+        )
+        self._executor.take_over(orphans, desired.models)
+
+    def _health(self, instance: InstanceId) -> HealthPolicy:
+        spec = self._store.applied.desired.models.get(instance.model)
+        return spec.health if spec else HealthPolicy()
 
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:
@@ -308,7 +341,10 @@ class Daemon:
         await self._store.reload("SIGHUP")
 
     async def _wind_down(self) -> None:
-        """An empty config drains and stops everything by the ordinary rules; after the grace, all that is left is stopped."""
+        """An empty config drains and stops everything by the ordinary rules; after the grace, all that is left is stopped.
+
+        With `on_stop: keep`, only the requests end: the servers run on.
+        """
         limits = [view.spec.stop_timeout for view in self._executor.views().values()]
         self._service.stopping(Seconds(GRACE + max(limits, default=0) + STOP_MARGIN))
         await self._last_call()
@@ -317,23 +353,88 @@ class Daemon:
         log.info("stopping: no new requests; those that run may go on for %g s", GRACE, extra=said)
         self._book.close("offloadd is shutting down")
         self._wake()
-        deadline = self._clock.now() + GRACE
-        while self._executor.alive() and self._clock.now() < deadline and not self._hurry.is_set():
-            try:
-                async with asyncio.timeout(0.05):
-                    await self._hurry.wait()
-            except TimeoutError:
-                pass
+        await self._wait_until(lambda: not self._in_use(), GRACE)
+        if self._keeps:
+            kept = len(self._executor.alive())
+            await self._executor.let_go()
+            log.info("stopped: %d instances run on (server.on_stop: keep)", kept, extra=about(EventKind.DAEMON_STOPPED, kept=kept))
+            return
         self._executor.stop_all("offloadd is shutting down")
         await self._executor.wait_all()
         log.info("stopped: no process is left", extra=about(EventKind.DAEMON_STOPPED))
 
+    async def _replace(self) -> None:
+        """SIGUSR2: let the program that is installed now take our place, if it can start and takes the config."""
+        if self._replacing or self._leaving.is_set():
+            return
+        self._replacing = True
+        problem = await rehearse(self._store.path)
+        if problem or self._leaving.is_set():
+            self._replacing = False
+            said = about(EventKind.DAEMON_REPLACED, problem=problem)
+            log.error("not replaced: the program that is installed now would not do: %s", problem or "we end", extra=said)
+            return
+        log.info("a new start of the program takes our place", extra=about(EventKind.DAEMON_REPLACED))
+        self._succeeded = True
+        self._leaving.set()
+
+    async def _hand_over(self) -> None:
+        """Let what runs now end, serving on meanwhile; then accept no more, give the rest a moment, and leave all as it is.
+
+        Who connects from then on waits in the socket for the new program.
+        """
+        begun = self._book.running()
+        await self._wait_until(lambda: not begun & self._book.running(), GRACE)
+        self.heirlooms = self._listeners.heirlooms()
+        await self._listeners.hold_back(everywhere=True)
+        await self._wait_until(lambda: False, LAST_CALL)
+        await self._wait_until(lambda: not self._book.running() and not self._book.demand().waiting, HAND_OVER)
+        if self._hurry.is_set():
+            # Told to end meanwhile, which counts for more.
+            for heirloom in self.heirlooms:
+                os.close(heirloom.fd)
+            self.heirlooms = None
+            await self._wind_down()
+            return
+        self._book.close("offloadd is being replaced by a newer one")
+        await self._executor.let_go()
+
+    async def _wait_until(self, done: Callable[[], bool], limit: Seconds) -> None:
+        """Until it is done, the time is over, or a signal hurries us."""
+        deadline = self._clock.now() + limit
+        while not done() and self._clock.now() < deadline and not self._hurry.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(0.05, limit)):
+                    await self._hurry.wait()
+
+    def _end_signals(self) -> None:
+        """No signal has anything to ask of us any more, but for SIGTERM where a program takes our place: that is told of it."""
+        _ignore_signals(signal.SIGHUP, signal.SIGUSR2)
+        if self.heirlooms is None:
+            _ignore_signals(signal.SIGTERM, signal.SIGINT)
+
+    @property
+    def told_to_end(self) -> bool:
+        """Whether SIGTERM came while another program was to take our place."""
+        return self._hurry.is_set()
+
+    def environment(self) -> dict[str, str]:
+        """What a program that takes our place needs to know of our service manager."""
+        return self._manager.environment()
+
     async def _last_call(self) -> None:
         """Where the next daemon gets the sockets, who comes now waits for it; those already let in may still say what they want."""
         if await self._listeners.hold_back():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_CALL):
-                    await self._hurry.wait()
+            await self._wait_until(lambda: False, LAST_CALL)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the servers outlive us."""
+        return self._store.applied.desired.server.on_stop is OnStop.KEEP
+
+    def _in_use(self) -> bool:
+        """Whether an end now would cut something that may still end by itself."""
+        return bool(self._book.demand().leases) if self._keeps else bool(self._executor.alive())
 
     async def _keep(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
         """Take the step for ever. One that fails is logged, and the next is taken: no loop may take the servers down with it."""
@@ -374,6 +475,7 @@ class Daemon:
     async def _trim_logs(self) -> None:
         await asyncio.sleep(TRIM)
         await asyncio.to_thread(self._logs.trim, list(self._executor.views()))
+        await asyncio.to_thread(self._lives.retry)
 
     async def _look_ahead(self, desired: DesiredState) -> None:
         """Read the files and engines that a new config names, so that the first plan for it knows them."""
@@ -393,7 +495,7 @@ class Daemon:
 
     def _desired(self) -> DesiredState:
         applied = self._store.applied.desired
-        if self._closing:
+        if self._closing and not self._keeps:
             return replace(applied, models={}, closing=True)
         return self._keeping.applied_to(applied, self._executor.views())
 
@@ -442,10 +544,11 @@ class Daemon:
 
     def _hosts(self, model: ModelName) -> Sequence[Host]:
         found: list[Host] = []
+        ejected: list[Host] = []
         for key, view in self._executor.views().items():
             instance = self._executor.get(key)
             if key.model == model and view.state is InstanceState.READY and view.endpoint and instance:
-                found.append(
+                (ejected if view.ejected else found).append(
                     Host(
                         instance=key,
                         backend=view.backend,
@@ -455,7 +558,7 @@ class Daemon:
                         api=self._api(view.spec, view.backend),
                     )
                 )
-        return found
+        return found or ejected
 
     def _keep_loaded(self, model: ModelName, stay: Seconds) -> None:
         """A client's wish for how long the model's present instances stay after its last request."""
@@ -480,6 +583,8 @@ class Daemon:
     def _list_problems(self, wall: float) -> list[Problem]:
         found = {f"{what} {why}": "" for what, why in self._observer.problems.items()}
         found.update(self._chronicle.problems)
+        if self._lives.problem:
+            found[self._lives.problem] = "see that the disk has room and that the data folder is writable"
         if self._reconciler.problem:
             found[f"the last reconcile cycle failed: {self._reconciler.problem}"] = "this is a bug: see the log"
         for name in changed_at_start(self._begun, self._store.applied.desired):
@@ -488,12 +593,13 @@ class Daemon:
             found["the last config was refused; the one before it is in force"] = "run offloadd check on it, correct it and reload"
         found.update(of_models(self._reconciler.latest))
         found.update(of_memory(self._observed()))
+        found.update(of_processes(self._observed()))
         return self._problems.list(found, wall)
 
 
-def _ignore_signals() -> None:
+def _ignore_signals(*numbers: signal.Signals) -> None:
     """All is done: one more SIGTERM, in the moment until the process is gone, must not make its end look like a death."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)

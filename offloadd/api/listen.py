@@ -17,6 +17,7 @@ from offloadd.config.listen import TcpAddress, parse_listen
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
 from offloadd.state.desired import ServerSpec
+from offloadd.succession import Heirloom
 from offloadd.systemd import Manager, Received, listens, name_of
 
 UNIX = "unix:"
@@ -73,10 +74,14 @@ class Listeners:
             by = " (socket from systemd)" if self.activated else ""
             log.info("listening on %s%s", shown, by, extra=about(EventKind.LISTENING, address=address))
 
-    async def hold_back(self) -> bool:
-        """Accept no more where systemd holds the socket as well: who comes now waits for the next daemon. False if nowhere."""
-        held = [site for listener, site in self._sites if listener.kept]
-        self._sites = [(listener, site) for listener, site in self._sites if not listener.kept]
+    def heirlooms(self) -> list[Heirloom]:
+        """The sockets again, for a program that takes our place: they stay open when we close ours."""
+        return [Heirloom("socket" if self.activated else _kept_name(one.address), os.dup(one.socket.fileno())) for one in self.all]
+
+    async def hold_back(self, *, everywhere: bool = False) -> bool:
+        """Accept no more where another holds the socket as well: who comes now waits for the next daemon. False if nowhere."""
+        held = [site for listener, site in self._sites if listener.kept or everywhere]
+        self._sites = [(listener, site) for listener, site in self._sites if not (listener.kept or everywhere)]
         for site in held:
             await site.stop()
         return bool(held)
@@ -102,7 +107,7 @@ async def open_listeners(addresses: Iterable[str], manager: Manager) -> Listener
         for name, address in wanted.items():
             mine = [socket.socket(fileno=one.fd) for one in kept if one.name == name]
             sockets = mine or await _bind(address)
-            stored = bool(mine) or manager.store(name, *(sock.fileno() for sock in sockets), poll=False)
+            stored = bool(mine and manager.address) or manager.store(name, *(sock.fileno() for sock in sockets), poll=False)
             found += [Listener(address, sock, stored) for sock in sockets]
     except PermanentError:
         Listeners(found, activated=False).close()

@@ -44,6 +44,17 @@ def of_memory(observed: ObservedState) -> Iterable[tuple[str, str]]:
                 yield text, "its next launch is given what was measured; set vram to say so now"
 
 
+def of_processes(observed: ObservedState) -> Iterable[tuple[str, str]]:
+    """Processes that do not end, and instances that cannot do their work."""
+    for view in observed.instances.values():
+        if view.stuck:
+            held = format_bytes(view.placement.total)
+            text = f"{view.id} (pid {view.pid}) does not end by SIGKILL; its {held} stay reserved"
+            yield text, "the kernel holds it, mostly in a driver: see dmesg; a reboot may be needed"
+        elif view.fault:
+            yield f"{view.id}: {view.fault}", "it is replaced; see its log if that comes again"
+
+
 def changed_at_start(begun: DesiredState, present: DesiredState) -> Iterable[str]:
     """Settings that are read at the start only, and that the config in force has otherwise."""
     if begun.server.listen != present.server.listen:

@@ -271,6 +271,7 @@ class LlamaCpp:
         return Probes(
             readiness=(Probe(path="/health"), Probe(path="/v1/models"), Probe(path="/slots")),
             liveness=Probe(path="/slots", timeout=Seconds(10)),
+            canary=_canary(_options(spec)),
         )
 
     def read_probe(self, spec: ModelSpec, path: str, reply: ProbeReply) -> Health:
@@ -399,6 +400,15 @@ def _option_flags(options: LlamaCppOptions, companions: Mapping[str, ModelFacts]
             yield flag
     for name in options.lora:
         yield from ("--lora", _found(name, companions))
+
+
+def _canary(options: LlamaCppOptions) -> Probe:
+    """One token, or one vector where tokens are not made. It keeps out of the cached prompts."""
+    if options.reranking:
+        return Probe(path="/v1/rerank", body=b'{"query": "a", "documents": ["a"]}')
+    if options.embeddings:
+        return Probe(path="/v1/embeddings", body=b'{"input": "a"}')
+    return Probe(path="/completion", body=b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}')
 
 
 def _found(name: str, companions: Mapping[str, ModelFacts]) -> str:

@@ -121,6 +121,14 @@ def _time(value: object) -> Seconds:
         raise refused(str(problem)) from None
 
 
+def _time_or_off(value: object) -> Seconds:
+    return Seconds(0) if value == "off" else _time(value)
+
+
+def _size_or_none(value: object) -> Bytes:
+    return Bytes(0) if value == "none" else _size(value)
+
+
 def _more_than_zero(value: Seconds) -> Seconds:
     if value <= 0:
         raise refused("must be more than 0")
@@ -211,6 +219,14 @@ def _write_time(value: Seconds) -> str | int:
     return f"{value * 1000:g}ms" if value else 0
 
 
+def _write_time_or_off(value: Seconds) -> str | int:
+    return _write_time(value) or "off"
+
+
+def _write_size_or_none(value: Bytes) -> str | int:
+    return _write_size(value) or "none"
+
+
 _BY_SIZE = PlainSerializer(_write_size)
 _BY_TIME = PlainSerializer(_write_time)
 
@@ -220,6 +236,12 @@ SizeOrAuto = Annotated[Bytes | Literal["auto"], PlainValidator(_size_or_auto), _
 Time = Annotated[Seconds, PlainValidator(_time), _BY_TIME, _quantity(_TIME, "90s", "10m", "1h")]
 PositiveTime = Annotated[
     Seconds, PlainValidator(_time), AfterValidator(_more_than_zero), _BY_TIME, _quantity(_TIME, "90s", "10m", "1h")
+]
+TimeOrOff = Annotated[
+    Seconds, PlainValidator(_time_or_off), PlainSerializer(_write_time_or_off), _quantity(f"{_TIME}|off", "off", "5m")
+]
+SizeOrNone = Annotated[
+    Bytes, PlainValidator(_size_or_none), PlainSerializer(_write_size_or_none), _quantity(f"{_SIZE}|none", "none", "24GiB")
 ]
 Layers = Annotated[
     int | Literal["auto", "all"],

@@ -22,6 +22,7 @@ from offloadd.state.desired import (
     DesiredState,
     DeviceBudget,
     Engine,
+    HealthPolicy,
     ModelSpec,
     QueueLimits,
     ReadyRule,
@@ -59,7 +60,13 @@ def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tu
 
 
 def _server(section: Server) -> ServerSpec:
-    return ServerSpec(listen=section.listen, allowed_hosts=section.allowed_hosts, access=access(section), insecure=section.insecure)
+    return ServerSpec(
+        listen=section.listen,
+        allowed_hosts=section.allowed_hosts,
+        on_stop=section.on_stop,
+        access=access(section),
+        insecure=section.insecure,
+    )
 
 
 def _storage(section: Storage) -> StorageSpec:
@@ -130,6 +137,11 @@ def _model(scope: _Scope, name: str, section: ModelSection) -> ModelSpec:
             backoff=section.restart.backoff,
             max_backoff=section.restart.max_backoff,
             give_up_after=section.restart.give_up_after,
+        ),
+        health=HealthPolicy(
+            canary=section.health.canary,
+            canary_timeout=section.health.canary_timeout,
+            rss_limit=section.health.rss_limit,
         ),
         request=RequestRules(set=section.request.set, default=section.request.default, remove=section.request.remove),
         args=section.args,

@@ -16,7 +16,9 @@ from offloadd.config import fields
 from offloadd.config.fields import refused
 from offloadd.state.desired import (
     Budget,
+    HealthPolicy,
     ModelSpec,
+    OnStop,
     QueueLimits,
     Replicas,
     RestartPolicy,
@@ -33,6 +35,7 @@ _BUDGET = Budget()
 _MODEL = ModelSpec(name=ModelName(""), source="", backends=())
 _QUEUE = QueueLimits()
 _RESTART = RestartPolicy()
+_HEALTH = HealthPolicy()
 _REPLICAS = Replicas()
 
 
@@ -98,6 +101,8 @@ class Server(Section):
     """Addresses: `host:port`, `[::1]:9000` or `unix:/path`. Sockets passed by systemd win."""
     allowed_hosts: Annotated[tuple[fields.HostName, ...], Strict(False)] = _SERVER.allowed_hosts
     """`Host` names that are answered, beside loopback and the listen addresses."""
+    on_stop: Annotated[OnStop, Strict(False)] = _SERVER.on_stop
+    """What an end of the daemon does to the servers: `stop` them, or `keep` them running for the next daemon to take over."""
     auth: Auth = Auth()
     """API keys."""
     insecure: bool = False
@@ -245,6 +250,18 @@ class Restart(Section):
         return self
 
 
+class Health(Section):
+    """How an instance that is ready is checked, beyond the probe of its working loop."""
+
+    canary: fields.TimeOrOff = _HEALTH.canary
+    """After so long without a request it is asked for one token, and replaced when it gives none; `off` never asks."""
+    canary_timeout: fields.PositiveTime = _HEALTH.canary_timeout
+    """How long that may take. It is asked twice before it is replaced."""
+    rss_limit: fields.SizeOrNone = _HEALTH.rss_limit
+    """RAM of its own, without what the page cache holds of its files, above which a fresh instance takes its place; `none` has no
+    ceiling. Requests that run may end first."""
+
+
 class RequestSection(Section):
     """Changes to a request's JSON body before it reaches the engine."""
 
@@ -291,6 +308,8 @@ class ModelSettings(Section):
     """How long running requests may go on once an instance is to stop."""
     restart: Restart = Restart()
     """What happens after a failed start or a crash."""
+    health: Health = Health()
+    """How it is checked while it is ready."""
     request: RequestSection = RequestSection()
     """Changes to a request's JSON body before it reaches the engine."""
     args: fields.Words = _MODEL.args

@@ -144,6 +144,10 @@ class LeaseBook:
         for line in self._lines.values():
             _refuse_all(line, RequestError(503, "shutting_down", why, retry_after=Seconds(5)))
 
+    def running(self) -> frozenset[Lease]:
+        """Every lease that is held now."""
+        return frozenset(lease for held in self._leases.values() for lease in held)
+
     def demand(self) -> Demand:
         """What the planner needs to know."""
         lines = {model: line.waiters for model, line in self._lines.items() if line.waiters}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import assert_never
 
 from offloadd.backends.base import Backend
 from offloadd.events import About, EventKind, about
 from offloadd.runtime.instance import Instance, Tools
+from offloadd.runtime.launchers import Process
 from offloadd.runtime.remote import RemoteInstance
 from offloadd.state.actions import (
     Action,
@@ -23,9 +25,10 @@ from offloadd.state.actions import (
     StopInstance,
     StopReason,
 )
-from offloadd.state.desired import BackendKind, Engine
+from offloadd.state.desired import BackendKind, Engine, ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
-from offloadd.state.launch import ExitCause, ExitKind, ExitStatus
+from offloadd.state.launch import Candidate, ExitCause, ExitKind, ExitStatus, ModelFacts
+from offloadd.state.life import Life
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView, ObservedState
 from offloadd.units import Seconds
 
@@ -61,6 +64,11 @@ class Executor:
         """Begin every action of the plan; none is waited for."""
         for action in plan.actions:
             self._begin(action)
+
+    def take_over(self, orphans: Iterable[tuple[Life, Process]], models: Mapping[ModelName, ModelSpec]) -> None:
+        """Put what an earlier daemon left running on the books; the planner says what becomes of it."""
+        for life, process in orphans:
+            self._run_instance(_launched(life, models.get(life.instance.model)), (life, process))
 
     def observed(self) -> ObservedState:
         """What is known of instances without reading the machine."""
@@ -108,13 +116,23 @@ class Executor:
             instance.stop(StopReason.SHUTDOWN, why)
 
     async def wait_all(self) -> None:
-        """Until no instance runs."""
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        """Until no instance runs but those that not even SIGKILL ends: the kernel has them, and we wait for no kernel."""
+        while self._tasks and not all(self._instances[key].view().stuck for key in self._tasks):
+            await asyncio.wait(self._tasks.values(), timeout=1)
+        await self.let_go()
+
+    async def let_go(self) -> None:
+        """Leave every process running, for the daemon that comes after this one, and watch none any more."""
+        tasks = list(self._tasks.items())
+        for key, task in tasks:
+            self._instances[key].let_go()
+            task.cancel()
+        await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
 
     def _begin(self, action: Action) -> None:
         match action:
             case StartInstance():
-                self._start(action)
+                self._run_instance(action)
             case AdoptInstance():
                 said = _about(EventKind.INSTANCE_ADOPTED, action.instance)
                 log.info("%s: adopted: %s", action.instance, action.why, extra=said)
@@ -137,18 +155,18 @@ class Executor:
             case _:
                 assert_never(action)
 
-    def _start(self, action: StartInstance) -> None:
+    def _run_instance(self, action: StartInstance, orphan: tuple[Life, Process] | None = None) -> None:
         engine = self._engine_of(action.candidate.backend)
-        instance = self._instance(action, engine)
+        instance = self._instance(action, engine, orphan)
         self._instances[action.instance] = instance
         self._launches[action.instance.model] = max(action.instance.number, self._launches.get(action.instance.model, 0))
         self._tasks[action.instance] = asyncio.create_task(self._run(instance), name=f"instance {action.instance}")
 
-    def _instance(self, action: StartInstance, engine: Engine) -> AnyInstance:
+    def _instance(self, action: StartInstance, engine: Engine, orphan: tuple[Life, Process] | None) -> AnyInstance:
         backend = self._backends[engine.adapter].bound(engine)
         if engine.kind is BackendKind.EXTERNAL:
             return RemoteInstance(action, backend, engine, self._tools)
-        return Instance(action, backend, engine, self._tools)
+        return Instance(action, backend, engine, self._tools, orphan)
 
     async def _run(self, instance: AnyInstance) -> None:
         try:
@@ -164,6 +182,20 @@ class Executor:
         _log_end(record)
         self._exits.setdefault(instance.id.model, deque(maxlen=KEPT_EXITS)).append(record)
         self._tools.changed(instance.id)
+
+
+def _launched(life: Life, spec: ModelSpec | None) -> StartInstance:
+    """The start that an earlier daemon made. Of what was not written down, the present config's word is taken."""
+    then = life.spec
+    if spec is not None:
+        then = replace(spec, source=then.source, backends=then.backends, context=then.context, parallel=then.parallel)
+    offer = Candidate(
+        backend=life.backend,
+        facts=ModelFacts(identity=life.identity),
+        fingerprint=life.fingerprint,
+        footprint_key=life.footprint_key,
+    )
+    return StartInstance(instance=life.instance, spec=then, candidate=offer, placement=life.placement, why="found running")
 
 
 def _log_end(record: ExitRecord) -> None:

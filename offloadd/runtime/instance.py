@@ -8,17 +8,20 @@ import secrets
 import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from offloadd.backends.base import Backend
 from offloadd.clock import Clock
 from offloadd.events import About, EventKind, about
-from offloadd.runtime.launchers import Launcher, Process
+from offloadd.runtime.evidence import Evidence, machine_oom_kills, weigh
+from offloadd.runtime.launchers import Launcher, Process, Remains
 from offloadd.runtime.logs import LogFolder
 from offloadd.state.actions import StartInstance, StopReason
-from offloadd.state.desired import Engine
+from offloadd.state.desired import Engine, HealthPolicy
 from offloadd.state.ids import InstanceId
 from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, Probe, ProbeReply
+from offloadd.state.life import Life
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView
 from offloadd.units import Bytes, Instant, Seconds, format_seconds
 
@@ -27,11 +30,29 @@ log = logging.getLogger(__name__)
 PROBE_FIRST = Seconds(0.05)
 PROBE_SLOWEST = Seconds(1)
 LIVENESS_EVERY = Seconds(5)
+IDLE_ANSWER = Seconds(3)
+"""How long an idle instance's working loop may take to answer before the silence is noted."""
+DOUBT_EVERY = Seconds(1)
+"""Pause between probes of an instance that has just missed one."""
 TERM_AGAIN = Seconds(3)
 """A second SIGTERM after this long, or after half of stop_timeout: llama-server then stops waiting for anybody."""
+STUCK_AFTER = Seconds(10)
+"""A process that SIGKILL has not ended by then is held by the kernel, mostly in a driver."""
 LOOPBACK = "127.0.0.1"
 
 _AT_FAULT = {StopReason.HUNG: ExitKind.HUNG, StopReason.START_TIMEOUT: ExitKind.START_TIMEOUT}
+
+
+class Lives(Protocol):
+    """Where it is written down which instances have begun, for a daemon that comes after this one. Both block, neither raises."""
+
+    def keep(self, life: Life) -> None:
+        """Write it down, in place of what was written of it before."""
+        ...
+
+    def drop(self, mark: str) -> None:
+        """It has ended, and nothing of it is left."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,19 +62,33 @@ class Tools:
     clock: Clock
     launcher: Launcher
     logs: LogFolder
+    lives: Lives
+    boot: str
+    """The machine's boot, which processes and instants belong to."""
     probe: Callable[[Endpoint, Probe], Awaitable[ProbeReply]]
     holds_port: Callable[[int, int], bool]
     """Given a pid and a TCP port: whether that tree listens on it. Blocks."""
     changed: Callable[[InstanceId], None]
     """Called after every change of state."""
+    held: Callable[[InstanceId], int]
+    """Requests that the instance holds now."""
+    health: Callable[[InstanceId], HealthPolicy]
+    """How the config in force wants it checked."""
     hang_up: Callable[[InstanceId, str], None]
     """Close every connection that we hold to the instance, because of what the text says."""
 
 
 class Instance:
-    """Runs one StartInstance to its end."""
+    """Runs one StartInstance to its end, or what an earlier daemon has begun of one."""
 
-    def __init__(self, action: StartInstance, backend: Backend, engine: Engine, tools: Tools) -> None:
+    def __init__(
+        self,
+        action: StartInstance,
+        backend: Backend,
+        engine: Engine,
+        tools: Tools,
+        orphan: tuple[Life, Process] | None = None,
+    ) -> None:
         self.id = action.instance
         self.backend = backend
         self._action = action
@@ -64,13 +99,24 @@ class Instance:
         self._adopted_at: Instant | None = None
         self._ready_at: Instant | None = None
         self._last_sign: Instant | None = None
+        self._worked_at: Instant | None = None
+        self._misses = 0
+        self._fault = ""
+        self._stuck = False
+        self._oom_kills = machine_oom_kills()
         self._drain_deadline: Instant | None = None
         self._stop_reason: StopReason | None = None
         self._stop_why = ""
         self._stop_limit: Seconds | None = None
         self._stopping = asyncio.Event()
         self._process: Process | None = None
-        self._endpoint: Endpoint | None = None
+        self._wanted = asyncio.Event()
+        self._released = False
+        self._life = self._intent() if orphan is None else orphan[0]
+        if orphan is None:
+            self._wanted.set()
+        else:
+            self._take_up(*orphan)
 
     def view(self) -> InstanceView:
         """The instance as it is now."""
@@ -88,8 +134,11 @@ class Instance:
             ready_at=self._ready_at,
             drain_deadline=self._drain_deadline,
             last_sign=self._last_sign,
+            misses=self._misses,
+            fault=self._fault,
+            stuck=self._stuck,
             pid=self._process.pid if self._process else None,
-            endpoint=self._endpoint,
+            endpoint=self._life.endpoint if self._process else None,
         )
 
     @property
@@ -98,14 +147,22 @@ class Instance:
         return self._action.candidate.facts.size
 
     def sign(self) -> None:
-        """It did some work just now: bytes came from it, or a probe of its working loop was answered."""
+        """It did some work just now: bytes came from it."""
+        self._worked_at = self._tools.clock.now()
+        self._fault = ""
+        self._hear()
+
+    def _hear(self) -> None:
+        """Its working loop answered."""
         self._last_sign = self._tools.clock.now()
+        self._misses = 0
 
     def adopt(self) -> None:
         """Take over what an earlier daemon left running."""
         if self._state is InstanceState.ORPHANED:
             self._adopted_at = self._tools.clock.now()
             self._enter(InstanceState.STARTING)
+            self._wanted.set()
 
     def drain(self, deadline: Instant) -> None:
         """Take no new request; the planner stops it when the last has ended, or at the deadline."""
@@ -121,32 +178,68 @@ class Instance:
             self._stopping.set()
 
     async def run(self) -> ExitRecord:
-        """Spawn, watch, stop when told; returns when nothing of it is left."""
+        """Spawn or take up, watch, stop when told; returns when nothing of it is left."""
+        if self._process is None:
+            ended = await self._begin()
+            if ended is not None:
+                return ended
+        return await self._live()
+
+    def let_go(self) -> None:
+        """Leave the process running for the daemon that comes after this one; whoever runs us is to be cancelled."""
+        self._released = True
+        if self._process is not None:
+            self._process.let_go()
+
+    async def _begin(self) -> ExitRecord | None:
+        """Write the intent down, spawn, and write down what came of it; a record when there is nothing to watch."""
         await asyncio.to_thread(self._tools.logs.discard_old, self.id)
+        await asyncio.to_thread(self._tools.lives.keep, self._life)
         if self._stopping.is_set():
-            return self.record(ExitStatus(), ExitCause(kind=ExitKind.STOPPED, message=self._stop_why))
+            return await self._never_lived(ExitCause(kind=ExitKind.STOPPED, message=self._stop_why))
         try:
-            process = self._spawn()
+            self._spawn()
         except OSError as error:
-            return self.record(ExitStatus(), self._not_started(error))
+            return await self._never_lived(self._not_started(error))
+        return None
+
+    async def _never_lived(self, cause: ExitCause) -> ExitRecord:
+        await asyncio.to_thread(self._tools.lives.drop, self._life.mark)
+        return self.record(ExitStatus(), cause)
+
+    async def _live(self) -> ExitRecord:
+        process = self._process
+        assert process is not None  # noqa: S101  (spawned or taken up)
         helpers = [self._helper(self._watch(process)), self._helper(self._stop_when_told(process))]
         try:
+            await self._note(process=process.id)
             status = await asyncio.shield(process.exited)
         finally:
             for helper in helpers:
                 helper.cancel()
-            process.kill()
+            if not self._released:
+                process.kill()
             await asyncio.gather(*helpers, return_exceptions=True)
         # First: whoever waits for a slot must not be given one of the dead.
         self._enter(InstanceState.STOPPING)
         self._tools.hang_up(self.id, f"the backend ended ({status})")
-        swept = await asyncio.to_thread(self._tools.launcher.sweep, self._mark)
-        if swept:
-            log.warning(
-                "%s left %d processes outside its group; killed", self.id, swept, extra=self._about(EventKind.INSTANCE_KILLED)
-            )
+        remains = await asyncio.to_thread(self._tools.launcher.sweep, self._life.mark, process.id)
+        if remains.killed:
+            said = self._about(EventKind.INSTANCE_KILLED)
+            log.warning("%s left %d processes outside its group; killed", self.id, remains.killed, extra=said)
         tail = await asyncio.to_thread(self._tools.logs.tail, self.id)
-        return self.record(status, self._cause(status, tail), tail)
+        await asyncio.to_thread(self._tools.lives.drop, self._life.mark)
+        return self.record(status, self._cause(status, tail, self._evidence(remains)), tail)
+
+    def _evidence(self, remains: Remains) -> Evidence:
+        before, now = self._oom_kills, machine_oom_kills()
+        since = None if before is None or now is None else now - before
+        return Evidence(oom_kills=remains.oom_kills, peak=remains.peak, machine_oom_kills=since)
+
+    async def _note(self, **changes: object) -> None:
+        """Write down what is new."""
+        self._life = replace(self._life, **changes)  # type: ignore[arg-type]
+        await asyncio.to_thread(self._tools.lives.keep, self._life)
 
     def _helper(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """A task beside the process. One that fails must not leave the process unwatched, so it ends it."""
@@ -163,44 +256,69 @@ class Instance:
     def _about(self, kind: EventKind, **data: object) -> dict[str, About]:
         return about(kind, model=self.id.model, instance=self.id, backend=self._action.candidate.backend, **data)
 
-    @property
-    def _mark(self) -> str:
-        return f"{self.id}@{self._started_at}"
+    def _intent(self) -> Life:
+        """What is written down before anything is done."""
+        action, spec = self._action, self._action.spec
+        more = tuple(_free_port() for _ in range(self.backend.more_ports))
+        return Life(
+            mark=f"{self.id}@{secrets.token_hex(8)}",
+            instance=self.id,
+            spec=spec,
+            backend=action.candidate.backend,
+            fingerprint=action.candidate.fingerprint,
+            footprint_key=action.candidate.footprint_key,
+            identity=action.candidate.facts.identity,
+            placement=action.placement,
+            endpoint=Endpoint(host=LOOPBACK, port=_free_port(), more=more, key=secrets.token_hex(32)),
+            boot=self._tools.boot,
+            started_at=self._started_at,
+        )
+
+    def _take_up(self, life: Life, process: Process) -> None:
+        """Go on where an earlier daemon left off, its last word on an end included."""
+        self._state = InstanceState.ORPHANED
+        self._process = process
+        self._started_at, self._ready_at = life.started_at, life.ready_at
+        if life.stopping:
+            self.stop(StopReason.UNWANTED, life.stopping)
 
     def _enter(self, state: InstanceState) -> None:
         self._state = state
         self._since = self._tools.clock.now()
         self._tools.changed(self.id)
 
-    def _spawn(self) -> Process:
-        action = self._action
-        more = tuple(_free_port() for _ in range(self.backend.more_ports))
-        endpoint = Endpoint(host=LOOPBACK, port=_free_port(), more=more, key=secrets.token_hex(32))
+    def _spawn(self) -> None:
+        action, endpoint = self._action, self._life.endpoint
         launch = self.backend.launch(self._engine, action.spec, action.candidate.facts, action.placement, endpoint)
-        process = self._tools.launcher.spawn(launch, mark=self._mark, log_path=self._tools.logs.path(self.id))
-        self._process, self._endpoint = process, endpoint
+        process = self._tools.launcher.spawn(launch, mark=self._life.mark, log_path=self._tools.logs.path(self.id))
+        self._process = process
         said = self._about(EventKind.INSTANCE_SPAWNED, pid=process.pid, port=endpoint.port)
         log.info("%s: pid %d on port %d: %s", self.id, process.pid, endpoint.port, action.why, extra=said)
-        return process
 
     async def _watch(self, process: Process) -> None:
         """From the first listening socket to the last sign of life."""
-        assert self._endpoint is not None  # noqa: S101  (set by _spawn)
-        await self._until(lambda: asyncio.to_thread(self._tools.holds_port, process.pid, self._endpoint_port))
+        await self._wanted.wait()
+        await self._until(lambda: asyncio.to_thread(self._tools.holds_port, process.pid, self._life.endpoint.port))
         if self._state is InstanceState.STARTING:
             self._enter(InstanceState.LOADING)
         for probe in self.backend.probes(self._action.spec).readiness:
             await self._until(lambda probe=probe: self._ask(probe))  # type: ignore[misc]
-        self._ready_at = self._last_sign = self._tools.clock.now()
+        self._last_sign = self._tools.clock.now()
+        self._ready_at = self._ready_at or self._last_sign
         if self._state is InstanceState.LOADING:
-            took = Seconds(self._ready_at - self._started_at)
-            log.info("%s: ready after %s", self.id, format_seconds(took), extra=self._about(EventKind.INSTANCE_READY, load_s=took))
+            self._say_ready(self._ready_at)
             self._enter(InstanceState.READY)
+        await self._note(ready_at=self._ready_at)
         await self._watch_life()
 
-    @property
-    def _endpoint_port(self) -> int:
-        return self._endpoint.port if self._endpoint else 0
+    def _say_ready(self, ready_at: Instant) -> None:
+        took = Seconds(ready_at - self._started_at)
+        said = self._about(EventKind.INSTANCE_READY, load_s=took, adopted=self._adopted_at is not None)
+        if self._adopted_at is None:
+            log.info("%s: ready after %s", self.id, format_seconds(took), extra=said)
+        else:
+            waited = Seconds(self._tools.clock.now() - self._adopted_at)
+            log.info("%s: serves on, %s after its adoption", self.id, format_seconds(waited), extra=said)
 
     async def _until(self, ask: Callable[[], Awaitable[bool]]) -> None:
         """Ask again, ever more slowly, until it says yes. start_timeout is the planner's to keep."""
@@ -211,16 +329,44 @@ class Instance:
 
     async def _watch_life(self) -> None:
         """Probe the working loop while no request shows that it turns. What silence means is the planner's to judge."""
-        probe = self.backend.probes(self._action.spec).liveness
+        probes = self.backend.probes(self._action.spec)
         while True:
-            await asyncio.sleep(LIVENESS_EVERY)
+            await asyncio.sleep(min(DOUBT_EVERY, LIVENESS_EVERY) if self._misses else LIVENESS_EVERY)
+            self._oom_kills = machine_oom_kills()
             quiet = self._tools.clock.now() - (self._last_sign or self._since)
-            if quiet >= LIVENESS_EVERY and await self._ask(probe):
-                self.sign()
+            if quiet >= LIVENESS_EVERY:
+                if await self._ask(self._patiently(probes.liveness)):
+                    self._hear()
+                else:
+                    self._misses += 1
+                    self._tools.changed(self.id)
+            if probes.canary is not None:
+                await self._try_canary(probes.canary)
+
+    def _patiently(self, probe: Probe) -> Probe:
+        """One that works may be deaf for as long as a prompt takes; one that nobody uses has no excuse."""
+        return probe if self._tools.held(self.id) else replace(probe, timeout=min(probe.timeout, IDLE_ANSWER))
+
+    async def _try_canary(self, canary: Probe) -> None:
+        """Ask for one token when nobody else has for a while. It must fail twice in a row: the first may have met a long prompt."""
+        health = self._tools.health(self.id)
+        since = self._worked_at or self._ready_at or self._since
+        if not health.canary or self._fault or self._tools.held(self.id) or self._tools.clock.now() - since < health.canary:
+            return
+        for _ in range(2):
+            reply = await self._tools.probe(self._life.endpoint, replace(canary, timeout=health.canary_timeout))
+            if reply.status is not None and reply.status < 500:  # what is refused was read and judged, so it lives
+                self._worked_at = self._tools.clock.now()
+                return
+            if self._tools.held(self.id):
+                return
+        found = reply.error or f"status {reply.status}"
+        self._fault = f"it answers its health checks and gives no token: {found} (health.canary)"
+        log.warning("%s: %s", self.id, self._fault, extra=self._about(EventKind.INSTANCE_SICK))
+        self._tools.changed(self.id)
 
     async def _ask(self, probe: Probe) -> bool:
-        assert self._endpoint is not None  # noqa: S101  (set by _spawn)
-        reply = await self._tools.probe(self._endpoint, probe)
+        reply = await self._tools.probe(self._life.endpoint, probe)
         return self.backend.read_probe(self._action.spec, probe.path, reply) is Health.READY
 
     async def _stop_when_told(self, process: Process) -> None:
@@ -230,6 +376,7 @@ class Instance:
         """
         await self._stopping.wait()
         self._tools.hang_up(self.id, self._stop_why)
+        await self._note(stopping=self._stop_why or self._stop_reason or "stopped")
         limit = self._action.spec.stop_timeout if self._stop_limit is None else self._stop_limit
         first = min(TERM_AGAIN, Seconds(limit / 2))
         process.terminate()
@@ -239,17 +386,23 @@ class Instance:
         if await _ends_within(process, Seconds(limit - first)):
             return
         said = self._about(EventKind.INSTANCE_KILLED)
-        log.warning("%s did not end within %g s of SIGTERM (stop_timeout); killing its process group", self.id, limit, extra=said)
+        log.warning("%s did not end within %g s of SIGTERM (stop_timeout); killing its process tree", self.id, limit, extra=said)
         process.kill()
+        while not await _ends_within(process, STUCK_AFTER):
+            if not self._stuck:
+                log.error("%s: SIGKILL does not end pid %d; its memory stays on the books", self.id, process.pid, extra=said)
+            self._stuck = True
+            self._tools.changed(self.id)
+            process.kill()
 
     def _not_started(self, error: OSError) -> ExitCause:
         program = self._engine.command[0]
         hint = f"check backends.{self._engine.name}.command"
         return ExitCause(kind=ExitKind.NOT_STARTED, message=f"cannot run {program}: {error.strerror or error}", hint=hint)
 
-    def _cause(self, status: ExitStatus, tail: tuple[str, ...]) -> ExitCause:
+    def _cause(self, status: ExitStatus, tail: tuple[str, ...], seen: Evidence) -> ExitCause:
         if self._stop_reason is None:
-            return self.backend.explain_exit(status, tail, was_ready=self._ready_at is not None)
+            return weigh(self.backend.explain_exit(status, tail, was_ready=self._ready_at is not None), status, seen)
         kind = _AT_FAULT.get(self._stop_reason, ExitKind.STOPPED)
         return ExitCause(kind=kind, message=self._stop_why)
 

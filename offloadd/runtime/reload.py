@@ -62,7 +62,7 @@ class ConfigStore:
     """The config in force and the last attempt to change it."""
 
     def __init__(self, path: Path, *, backends: Mapping[str, Backend], clock: Clock) -> None:
-        self._path = path
+        self.path = path
         self._backends = backends
         self._clock = clock
         self._before: Callable[[DesiredState], Awaitable[None]] | None = None
@@ -106,13 +106,13 @@ class ConfigStore:
     async def watch(self) -> None:
         """Reload whenever the content changes, by event or by poll."""
         while True:
-            folders = await asyncio.to_thread(watched_folders, self._path)
+            folders = await asyncio.to_thread(watched_folders, self.path)
             try:
                 await self._look()  # at what changed while nothing was watched
                 await self._watch(folders)
             except (OSError, RuntimeError) as error:
                 # A folder went away in this moment, or the system has no watch left: looking now and then still works.
-                log.debug("cannot watch %s: %s", self._path, error)
+                log.debug("cannot watch %s: %s", self.path, error)
                 await asyncio.sleep(POLL)
 
     async def _watch(self, folders: frozenset[Path]) -> None:
@@ -121,7 +121,7 @@ class ConfigStore:
             *folders, recursive=False, debounce=200, step=50, rust_timeout=int(POLL * 1000), yield_on_timeout=True
         ):
             await self._look()
-            if await asyncio.to_thread(watched_folders, self._path) != folders:
+            if await asyncio.to_thread(watched_folders, self.path) != folders:
                 return
 
     async def _reload(self, why: str) -> Attempt:
@@ -144,7 +144,7 @@ class ConfigStore:
 
     async def _try(self, why: str) -> Attempt:
         try:
-            sources = await asyncio.to_thread(read_sources, self._path)
+            sources = await asyncio.to_thread(read_sources, self.path)
         except ConfigUnreadableError as error:
             return self._refused(Attempt(wall=self._clock.wall(), message=str(error)), why)
         self._digest = _digest(sources)
@@ -172,11 +172,11 @@ class ConfigStore:
 
     async def _look(self) -> None:
         """Reload when the content is not what was last tried, and has settled."""
-        first = await asyncio.to_thread(_read_digest, self._path)
+        first = await asyncio.to_thread(_read_digest, self.path)
         if first == self._digest:
             return
         await asyncio.sleep(SETTLE)
-        if first == await asyncio.to_thread(_read_digest, self._path):
+        if first == await asyncio.to_thread(_read_digest, self.path):
             self._digest = first
             await self.reload("its file changed")
 

@@ -153,7 +153,7 @@ class ExitStatus:
                 return f"killed by {signal.Signals(self.signal).name}"
             except ValueError:
                 return f"killed by signal {self.signal}"
-        return "ended, exit code unknown" if self.code is None else f"exit code {self.code}"
+        return "exit code unknown" if self.code is None else f"exit code {self.code}"
 
 
 class ExitKind(StrEnum):

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import psutil
 
+from offloadd.runtime.launchers.cgroups import delegated
 from tests.conformance.servers import HOST, STANDIN, Reply, free_port, tiny_gguf, until
 
 CHAT = "/v1/chat/completions"
@@ -233,6 +234,7 @@ class Daemon:
         for pid in self.leftovers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        _remove_groups(self.data_dir)
         self.threads.shutdown(cancel_futures=True)
 
 
@@ -244,6 +246,14 @@ def marked(data_dir: Path) -> list[int]:
             if process.environ().get("OFFLOADD_DATA_DIR") == str(data_dir):
                 found.append(process.pid)
     return found
+
+
+def _remove_groups(data_dir: Path) -> None:
+    """Control groups of a daemon that had no time to take them away."""
+    groups = delegated(data_dir)
+    if groups is not None:
+        groups.sweep(frozenset())
+        groups.remove()
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.conformance.servers import HOST, until
-from tests.integration.daemon import again, alive, launch, marks, model, running, supervised, wait_healthy
+from tests.integration.daemon import again, launch, marks, model, running, wait_healthy
 
 SLOW = {"STANDIN_TOKEN_S": 0.02}
 
@@ -65,38 +65,6 @@ def test_sigterm_while_nothing_is_ready_yet(tmp_path: Path) -> None:
         until(lambda: daemon.pids("a") and daemon.pids("b"), "both start")
         daemon.term()
         assert daemon.exit(10) == 0
-
-
-def test_a_daemon_that_was_killed_is_followed_by_one_that_cleans_up(tmp_path: Path) -> None:
-    settings = {"a": model(), "b": model(env={"STANDIN_FORK_GRANDCHILD": 600})}
-    first = launch(tmp_path, settings)
-    try:
-        wait_healthy(first)
-        old = [first.pid("a"), first.pid("b")]
-        first.signal(signal.SIGKILL)
-        first.exit()
-        assert all(alive(pid) for pid in old)
-        with supervised(again(tmp_path, first.config_path, first.base)) as second:
-            assert not any(alive(pid) for pid in old)
-            assert second.chat("a").headers["X-Offloadd-Instance"] == "a-2"
-            assert set(second.leftovers()).isdisjoint(old)
-            assert "killed 3 processes that an earlier daemon with this data folder had left running" in second.log
-    finally:
-        first.discard()
-
-
-def test_a_daemon_that_was_killed_during_a_start(tmp_path: Path) -> None:
-    first = launch(tmp_path, {"a": model(env={"STANDIN_LOAD_S": 1})})
-    try:
-        wait_healthy(first)
-        until(lambda: first.pids(), "it starts")
-        first.signal(signal.SIGKILL)
-        first.exit()
-        with supervised(again(tmp_path, first.config_path, first.base)) as second:
-            second.wait_for("a")
-            assert second.leftovers() == second.pids()
-    finally:
-        first.discard()
 
 
 def test_a_second_daemon_on_the_same_data_folder_gives_way(tmp_path: Path) -> None:

@@ -74,6 +74,12 @@ class Engine:
         after = self.knobs.hang_after_ready_s
         return after is not None and self.loaded and time.monotonic() >= self.ready_at + after
 
+    @property
+    def dead(self) -> bool:
+        """Its loop turns and its device computes nothing any more."""
+        after = self.knobs.dead_after_ready_s
+        return after is not None and self.loaded and time.monotonic() >= self.ready_at + after
+
     def become_ready(self) -> None:
         self.loaded = True
         self.ready_at = time.monotonic()
@@ -134,7 +140,7 @@ class Engine:
         """Wait for one token's time, looking at the client and at our own end meanwhile."""
         end = time.monotonic() + self.knobs.token_s
         while True:
-            if self.hung:
+            if self.hung or self.dead:
                 await self.hang(gone)
             if self.stopping:
                 raise Stopping

@@ -89,7 +89,8 @@ class Api:
             return _unread(request, _LOADING, 503)
         if handler is None:
             return _unread(request, _NOT_FOUND, 404)
-        if self._engine.hung and request.path not in _WITHOUT_MAIN_LOOP:
+        stuck = self._engine.hung and request.path not in _WITHOUT_MAIN_LOOP
+        if stuck or (self._engine.dead and method == "POST"):
             await request.read()
             await self._engine.hang(_gone(request))
         return await handler(request)

@@ -18,6 +18,9 @@ Knobs are environment variables, so that `env:` of a model in offloadd's config 
     STANDIN_NEVER_READY=1        answer 503 for ever
     STANDIN_HANG_AFTER_READY=5   "healthy liar": five seconds after it is ready, /health and /v1/models answer, all else hangs;
                                  SIGTERM does nothing, a second one ends it
+    STANDIN_DEAD_AFTER_READY=5   five seconds after it is ready nothing is computed any more: whatever is asked by POST hangs, and
+                                 /health, /v1/models and /slots answer on
+    STANDIN_TOUCH=/some/file     look at that file once it is ready, in a thread that nothing waits for
     STANDIN_HANG_ALL=1           accept connections, never answer anything
     STANDIN_BIND_LATE_S=2        open the port so late
     STANDIN_WRONG_PORT=0         listen on that port instead of --port; 0 takes any
@@ -32,9 +35,11 @@ Knobs are environment variables, so that `env:` of a model in offloadd's config 
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 
 from llama_flags import BadArgument, Options, parse
@@ -162,6 +167,8 @@ def _serve(options: Options, knobs: Knobs, marks: Marks, file: ModelFile, listen
         log("I", f"initializing, {slots}", at="load_model")
         engine.become_ready()
         marks.write("ready")
+        if knobs.touch is not None:
+            threading.Thread(target=os.path.exists, args=(knobs.touch,), daemon=True, name="touch").start()
         log("I", "model loaded", at="llama_server")
         log("I", f"listening on http://{options.host}:{listener.getsockname()[1]}", at="llama_server")
         return memory

@@ -1,60 +1,103 @@
-"""Processes on this machine: a session of their own, output into a file, the end seen through a pidfd."""
+"""Processes on this machine: a session and, where we may, a control group of their own; output into a file; the end by pidfd."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from offloadd.environment import engine_environment
+from offloadd.runtime.launchers import Remains
+from offloadd.runtime.launchers.cgroups import Group, GroupEvidence, delegated
+from offloadd.runtime.launchers.identity import Stat, all_pids, boot_id, environment, stat
 from offloadd.state.launch import ExitStatus, Launch
+from offloadd.state.life import Life, ProcessId
 
 MARK = "OFFLOADD_INSTANCE"
 HOME_MARK = "OFFLOADD_DATA_DIR"
+_MARKS = frozenset({MARK, HOME_MARK})
+_ENTER = 'echo 0 > "$0" && exec "$@"'
+"""Into the group before the program begins: whatever it forks is then born in it."""
+_EMPTY_WITHIN = 1.0
+"""Seconds that a killed group is given to become empty before its books are read and it is taken away."""
 
 
 class LocalProcess:
-    """One child and what it forks. Must be created on the event loop's thread."""
+    """A process and what it forks: our child, or one that an earlier daemon started. Must be created on the event loop's thread."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, process: ProcessId, *, ours: bool, group: Group | None, child: subprocess.Popen[bytes] | None = None
+    ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._ours = ours
+        self._group = group
         self._child = child
-        self.pid = child.pid
+        self.id = process
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
-        self._pidfd = os.pidfd_open(child.pid)
+        self._pidfd = os.pidfd_open(process.pid)
         self._loop.add_reader(self._pidfd, self._on_end)
+
+    @property
+    def pid(self) -> int:
+        """The leader's pid."""
+        return self.id.pid
 
     def terminate(self) -> None:
         """SIGTERM to the leader."""
         if not self.exited.done():
-            signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to the leader and its group."""
+        """SIGKILL to the whole tree. While the leader is not known to have ended, the group's number is its own."""
         if not self.exited.done():
-            self._kill_group()
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._kill_rest()
+
+    def let_go(self) -> None:
+        """Stop watching it, and let it live."""
+        if not self.exited.done():
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self.exited.cancel()
+            self._forget_child()
 
     def _on_end(self) -> None:
-        """The leader is a zombie: until it is reaped its pid, and so the group's number, cannot belong to anybody else."""
+        """Our own child is a zombie: until it is reaped its pid, and so the group's number, cannot belong to anybody else.
+
+        One that was started by an earlier daemon is reaped by another, so its group's number says nothing any more: what is left of
+        its tree is found by the sweep.
+        """
         self._loop.remove_reader(self._pidfd)
-        self._kill_group()
-        result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        status = ExitStatus()
+        if self._ours:
+            self._kill_rest()
+            with suppress(ChildProcessError):  # somebody else has reaped it, and nothing is known of its end
+                status = _status(os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED))
+        elif self._group is not None:
+            self._group.kill()
         os.close(self._pidfd)
-        status = _status(result)
-        # We have reaped it, so Popen must not try to.
-        self._child.returncode = -(status.signal or 0) or (status.code or 0)
+        self._forget_child()
         self.exited.set_result(status)
 
-    def _kill_group(self) -> None:
-        try:
+    def _kill_rest(self) -> None:
+        if self._group is not None:
+            self._group.kill()
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+
+    def _forget_child(self) -> None:
+        """We reap it ourselves or leave it alive, so Popen must do neither."""
+        if self._child is not None:
+            self._child.returncode = 0
 
 
 class LocalLauncher:
@@ -62,36 +105,141 @@ class LocalLauncher:
 
     def __init__(self, home: Path) -> None:
         self._home = home
+        self._groups = delegated(home)
+        self.boot = boot_id()
 
     def spawn(self, launch: Launch, *, mark: str, log_path: Path) -> LocalProcess:
         """Run it with no standard input. A file takes its output: a pipe would stop it when nobody reads, or die with us."""
+        group = self._make_group(mark)
+        variables = self._environment(launch.env, mark)
         with log_path.open("ab", buffering=0) as log:
             child = subprocess.Popen(
-                launch.argv,
+                launch.argv if group is None else _entering(group, launch.argv, variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self._environment(launch.env, mark),
+                env=variables,
                 start_new_session=True,
             )
         try:
-            return LocalProcess(child)
+            # Not reaped yet, so /proc has it, be it a zombie.
+            return LocalProcess(_identity(child.pid), ours=True, group=group, child=child)
         except OSError:
             # No descriptor left to watch it by: a process that nobody watches must not live.
+            if group is not None:
+                group.kill()
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             raise
 
-    def sweep(self, mark: str) -> int:
-        """Kill what carries the mark though it left the group, as a daemonised grandchild does; the number killed. Blocks."""
-        return _kill_all(_marked(MARK, mark))
+    def find(self, life: Life) -> ProcessId | None:
+        """By pid and start time where they were written down, else by the mark, which the leader of a session carries. Blocks."""
+        if not self.boot or life.boot != self.boot:
+            return None
+        if life.process is None:
+            return next((found.id for found in self._marked(life.mark) if found.session == found.pid), None)
+        found = stat(life.process.pid)
+        if found is None or found.id != life.process:
+            return None
+        marks = environment(found.pid, _MARKS)
+        return found.id if marks.get(MARK, life.mark) == life.mark else None
 
-    def sweep_home(self) -> int:
-        """Kill whatever an earlier daemon with this data folder left running; the number killed. Blocks."""
-        return _kill_all(_marked(HOME_MARK, str(self._home)))
+    def adopt(self, process: ProcessId, *, mark: str) -> LocalProcess | None:
+        """Watch it; checked again once the descriptor is held, after which the pid cannot change its owner unseen."""
+        found = stat(process.pid)
+        if found is None or found.id != process:
+            return None
+        group = self._groups.of(mark) if self._groups else None
+        if group is not None and not group.path.is_dir():
+            group = None  # it was started where groups could not be made
+        try:
+            adopted = LocalProcess(process, ours=found.parent == os.getpid(), group=group)
+        except OSError:
+            return None
+        again = stat(process.pid)
+        if again is None or again.id != process:
+            adopted.let_go()
+            return None
+        return adopted
+
+    def sweep(self, mark: str, process: ProcessId) -> Remains:
+        """Kill what is left by group, by mark, and by the session that it led. Blocks."""
+        group = self._groups.of(mark) if self._groups else None
+        left = list(self._leftovers(mark, process))
+        killed = _kill_all(left)
+        evidence = GroupEvidence()
+        if group is not None and group.path.is_dir():
+            killed += group.kill()
+            _wait(lambda: not group.populated)
+        _wait(lambda: not any(_lives(each) for each in left))
+        if group is not None and group.path.is_dir():
+            evidence = group.evidence()
+            group.remove()
+        return Remains(killed=killed, oom_kills=evidence.oom_kills, peak=evidence.peak)
+
+    def sweep_home(self, kept: AbstractSet[str]) -> int:
+        """Kill whatever an earlier daemon with this data folder left running, but for those with these marks. Blocks."""
+        strays = [found for found in self._at_home() if environment(found.pid, _MARKS).get(MARK) not in kept]
+        killed = _kill_all(strays)
+        if self._groups is not None:
+            killed = max(killed, self._groups.sweep(kept))
+        _wait(lambda: not any(_lives(stray) for stray in strays))
+        _reap_the_dead()
+        return killed
+
+    def close(self) -> None:
+        """Take the folder of control groups away, if nothing is left in it."""
+        if self._groups is not None:
+            self._groups.remove()
+
+    def _make_group(self, mark: str) -> Group | None:
+        if self._groups is None:
+            return None
+        group = self._groups.of(mark)
+        try:
+            group.make()
+        except OSError:
+            return None  # without one it is watched as on any machine that has none
+        return group
+
+    def _leftovers(self, mark: str, process: ProcessId) -> Iterator[Stat]:
+        """What carries the mark, and what is in the dead leader's session: a program that renames itself may have lost the mark.
+
+        While a session has members its number is not given out again; a living process of that number tells that it had none left.
+        """
+        led = stat(process.pid) is None
+        for pid in all_pids():
+            found = stat(pid)
+            if found is not None and ((led and found.session == process.pid) or environment(pid, _MARKS).get(MARK) == mark):
+                yield found
+
+    def _marked(self, mark: str) -> Iterator[Stat]:
+        for found in self._at_home():
+            if environment(found.pid, _MARKS).get(MARK) == mark:
+                yield found
+
+    def _at_home(self) -> Iterator[Stat]:
+        for pid in all_pids():
+            if environment(pid, _MARKS).get(HOME_MARK) == str(self._home) and (found := stat(pid)) is not None:
+                yield found
 
     def _environment(self, added: Mapping[str, str], mark: str) -> dict[str, str]:
         return engine_environment({**added, MARK: mark, HOME_MARK: str(self._home)})
+
+
+def _entering(group: Group, argv: tuple[str, ...], variables: Mapping[str, str]) -> tuple[str, ...]:
+    """The command line behind a step into the group; OSError as the program itself would give it when it cannot be run."""
+    program = shutil.which(argv[0], path=variables.get("PATH"))
+    if program is None:
+        there = Path(argv[0]).exists()
+        raise PermissionError(13, "Permission denied") if there else FileNotFoundError(2, "No such file or directory")
+    return ("/bin/sh", "-c", _ENTER, str(group.path / "cgroup.procs"), program, *argv[1:])
+
+
+def _identity(pid: int) -> ProcessId:
+    """A child's identity. One that has ended already is a zombie, of which nobody will ask again."""
+    found = stat(pid)
+    return found.id if found else ProcessId(pid=pid, started=0)
 
 
 def _status(result: os.waitid_result | None) -> ExitStatus:
@@ -102,22 +250,28 @@ def _status(result: os.waitid_result | None) -> ExitStatus:
     return ExitStatus(signal=result.si_status)
 
 
-def _marked(variable: str, value: str) -> Iterator[psutil.Process]:
-    """Every process with `variable=value` in its environment, as far as we may look."""
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(variable) == value and process.pid != os.getpid():
-                yield process
-        except psutil.Error:
-            continue
+def _lives(process: Stat) -> bool:
+    now = stat(process.pid)
+    return now is not None and now.id == process.id
 
 
-def _kill_all(processes: Iterator[psutil.Process]) -> int:
+def _kill_all(processes: Sequence[Stat]) -> int:
     killed = 0
     for process in processes:
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
-        killed += 1
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
     return killed
+
+
+def _reap_the_dead() -> None:
+    """Children of the program that ran in this process before us, dead and never asked for. Later, each is asked for by itself."""
+    with suppress(ChildProcessError):
+        while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG) is not None:
+            pass
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _EMPTY_WITHIN
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.002)

@@ -1,0 +1,263 @@
+"""The daemon's own state: which instances it has begun, in `data_dir/state.db`. Everything blocks: call it in a thread.
+
+Memory holds the truth and the file follows it. What could not be written (a full disk, somebody who holds the file) is written
+with the next change that can be; until then only a daemon that dies would miss it, and it would stop what it cannot vouch for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peewee import CharField, DatabaseError, Model, OperationalError, SqliteDatabase, TextField
+
+from offloadd.errors import PermanentError
+from offloadd.events import EventKind, about
+from offloadd.state.desired import ModelSpec
+from offloadd.state.ids import BackendName, DeviceId, HostId, InstanceId, ModelName
+from offloadd.state.launch import Endpoint, Placement
+from offloadd.state.life import Life, ProcessId
+from offloadd.units import Bytes, Instant, Seconds
+
+log = logging.getLogger(__name__)
+
+_MEMORY = Path(":memory:")
+_PRAGMAS = {"busy_timeout": 500, "journal_mode": "wal", "synchronous": "full"}
+
+
+class LifeRecord(Model):
+    """One instance that was begun and is not known to have ended."""
+
+    mark = CharField(primary_key=True)
+    body = TextField()
+    """JSON, since nothing is ever looked for by anything but the mark."""
+
+    class Meta:
+        """The table's own name, so that renaming the class renames nothing on disk."""
+
+        table_name = "life"
+
+
+def _lives(database: SqliteDatabase) -> None:
+    database.create_tables([LifeRecord])
+
+
+STEPS: tuple[Callable[[SqliteDatabase], None], ...] = (_lives,)
+
+
+class LifeBook:
+    """One SQLite file. A damaged one is set aside, never deleted; for one that cannot be used now, memory stands in."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._lives: dict[str, Life] = {}
+        self._unwritten: set[str] = set()
+        self.problem = ""
+        """What is wrong with the file now; empty when nothing is."""
+        self._lasting = ""
+        """What of that stays until the next start."""
+        self._database = self._open(path)
+        self._lives = {life.mark: life for life in self._read()}
+
+    def lives(self) -> list[Life]:
+        """Every instance that was begun and is not known to have ended."""
+        with self._lock:
+            return list(self._lives.values())
+
+    def keep(self, life: Life) -> None:
+        """Write an instance down, in place of what was written of it before."""
+        with self._lock:
+            self._lives[life.mark] = life
+            self._write(life.mark)
+
+    def drop(self, mark: str) -> None:
+        """It has ended, and nothing of it is left."""
+        with self._lock:
+            if self._lives.pop(mark, None) is not None:
+                self._write(mark)
+
+    def retry(self) -> None:
+        """Write what could not be written before, if there is any."""
+        with self._lock:
+            if self._unwritten:
+                self._write()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._database.close()
+
+    def _write(self, *marks: str) -> None:
+        """Bring these rows, and all that are behind, to what memory says. They are few: one per living instance."""
+        self._unwritten.update(marks)
+        try:
+            with self._database.atomic("IMMEDIATE"):
+                for mark in self._unwritten:
+                    _put(mark, self._lives.get(mark))
+        except DatabaseError as error:
+            why = _first_cause(error)
+            if not self.problem:
+                log.warning("the daemon's own state cannot be written: %s", why, extra=about(EventKind.REGISTRY_PROBLEM))
+            self.problem = f"the daemon's own state cannot be written, so a crash now would end servers: {why}"
+            return
+        self._unwritten.clear()
+        self.problem = self._lasting
+
+    def _read(self) -> Iterator[Life]:
+        for row in LifeRecord.select():
+            try:
+                yield _life(row.mark, json.loads(row.body))
+            except (ValueError, KeyError, TypeError) as error:
+                # Its process is then one that nobody can vouch for, which is stopped.
+                said = about(EventKind.REGISTRY_PROBLEM)
+                log.warning("what is written of %s cannot be read: %r", row.mark, error, extra=said)
+
+    def _open(self, path: Path) -> SqliteDatabase:
+        said = about(EventKind.REGISTRY_PROBLEM)
+        try:
+            return _opened(path)
+        except OperationalError as error:
+            self.problem = self._lasting = f"{path} cannot be used, so a crash of the daemon would end its servers: {error}"
+            log.warning("%s", self._lasting, extra=said)
+            return _opened(_MEMORY)
+        except DatabaseError as error:
+            aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+            log.error("%s is damaged (%s); set aside as %s, and begun anew", path, error, aside, extra=said)  # noqa: TRY400
+            self.problem = self._lasting = f"{path.name} was damaged; the old file is {aside}"
+            for suffix in ("", "-wal", "-shm"):
+                part = path.with_name(path.name + suffix)
+                if part.exists():
+                    part.rename(aside.with_name(aside.name + suffix))
+            return _opened(path)
+
+
+def _migrate(database: SqliteDatabase) -> None:
+    """Bring the schema up to date; PermanentError when it is newer than this program."""
+    have = int(database.execute_sql("PRAGMA user_version").fetchone()[0])
+    if have > len(STEPS):
+        message = f"state.db has schema {have}, and this offloadd knows {len(STEPS)}"
+        raise PermanentError(message, hint="start the newer offloadd that wrote it, or move the file away")
+    for number, step in enumerate(STEPS[have:], have + 1):
+        with database.atomic("IMMEDIATE"):
+            step(database)
+            database.execute_sql(f"PRAGMA user_version = {number}")
+
+
+def _keep_private(path: Path) -> None:
+    """The keys of running servers are in it. What SQLite makes beside it has the same mode."""
+    if path != _MEMORY:
+        with suppress(OSError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _opened(path: Path) -> SqliteDatabase:
+    _keep_private(path)
+    database = SqliteDatabase(str(path), pragmas=_PRAGMAS, check_same_thread=False, thread_safe=False)
+    try:
+        database.connect()
+        verdict = database.execute_sql("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise DatabaseError(verdict)
+        database.bind([LifeRecord])
+        _migrate(database)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """A full disk ends the transaction by itself, and the attempt to end it then fails too: what came first tells."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def _put(mark: str, life: Life | None) -> None:
+    if life is None:
+        LifeRecord.delete().where(LifeRecord.mark == mark).execute()
+    else:
+        LifeRecord.replace(mark=mark, body=json.dumps(_body(life))).execute()
+
+
+def _body(life: Life) -> dict[str, Any]:
+    spec, placement = life.spec, life.placement
+    return {
+        "host": life.instance.host,
+        "model": life.instance.model,
+        "number": life.instance.number,
+        "spec": {
+            "source": spec.source,
+            "context": spec.context,
+            "parallel": spec.parallel,
+            "start_timeout": spec.start_timeout,
+            "stop_timeout": spec.stop_timeout,
+            "drain_timeout": spec.drain_timeout,
+        },
+        "backend": life.backend,
+        "fingerprint": life.fingerprint,
+        "footprint_key": life.footprint_key,
+        "identity": life.identity,
+        "reserved": [[*_device_body(device), size] for device, size in placement.reserved.items()],
+        "gpus": [_device_body(gpu) for gpu in placement.gpus],
+        "split": list(placement.split),
+        "elastic": placement.elastic,
+        "endpoint": asdict(life.endpoint),
+        "boot": life.boot,
+        "started_at": life.started_at,
+        "process": [life.process.pid, life.process.started] if life.process else None,
+        "ready_at": life.ready_at,
+        "stopping": life.stopping,
+    }
+
+
+def _life(mark: str, body: Any) -> Life:
+    model, backend, spec = ModelName(body["model"]), BackendName(body["backend"]), body["spec"]
+    process, ready_at = body["process"], body["ready_at"]
+    return Life(
+        mark=mark,
+        instance=InstanceId(HostId(body["host"]), model, int(body["number"])),
+        spec=ModelSpec(
+            name=model,
+            source=str(spec["source"]),
+            backends=(backend,),
+            context=int(spec["context"]),
+            parallel=int(spec["parallel"]),
+            start_timeout=Seconds(float(spec["start_timeout"])),
+            stop_timeout=Seconds(float(spec["stop_timeout"])),
+            drain_timeout=Seconds(float(spec["drain_timeout"])),
+        ),
+        backend=backend,
+        fingerprint=str(body["fingerprint"]),
+        footprint_key=str(body["footprint_key"]),
+        identity=str(body["identity"]),
+        placement=Placement(
+            reserved={_device(entry): Bytes(int(entry[2])) for entry in body["reserved"]},
+            gpus=tuple(_device(entry) for entry in body["gpus"]),
+            split=tuple(int(count) for count in body["split"]),
+            elastic=bool(body["elastic"]),
+        ),
+        endpoint=Endpoint(**{**body["endpoint"], "more": tuple(body["endpoint"]["more"])}),
+        boot=str(body["boot"]),
+        started_at=Instant(float(body["started_at"])),
+        process=ProcessId(pid=int(process[0]), started=int(process[1])) if process else None,
+        ready_at=None if ready_at is None else Instant(float(ready_at)),
+        stopping=str(body["stopping"]),
+    )
+
+
+def _device_body(device: DeviceId) -> list[Any]:
+    return [device.host, device.name]
+
+
+def _device(entry: Iterable[Any]) -> DeviceId:
+    host, name, *_ = entry
+    return DeviceId(HostId(str(host)), str(name))
