@@ -84,9 +84,8 @@ def _act(server: Server, model: str, verb: str, *, wait: bool, as_json: bool) ->
     if as_json:
         print_json(answer)
     else:
-        own = answer["offloadd"]
-        console.print(f"{answer['id']} is", show.state(own["state"]), end="")
-        console.print(f": {own['reason']}", markup=False)
+        console.print(f"{answer['model']} is", show.state(answer["state"]), end="")
+        console.print(f": {answer['reason']}", markup=False)
 
 
 @app.command()

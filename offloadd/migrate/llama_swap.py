@@ -11,7 +11,6 @@ from typing import Any
 
 from offloadd.config.nodes import Entry, Node
 from offloadd.config.owned import owned_variable
-from offloadd.config.schema import BackendSection
 from offloadd.config.source import Mark
 from offloadd.migrate.command_line import Parsed, parse
 from offloadd.migrate.report import Migration
@@ -436,10 +435,7 @@ class _Model:
             self._leave("checkEndpoint", "a server is ready when it answers: /health is asked")
         if "cmdStop" in self._fields:
             text = self._whole.fill(self._name, str(self._value("cmdStop", "")), self._macros)
-            if "stop_command" in BackendSection.model_fields:
-                engine["stop_command"] = text.split()
-            else:
-                self._leave("cmdStop", "it is stopped by signals, its whole process tree")
+            engine["stop_command"] = text.split()
         if "proxy" in self._fields and "${PORT}" not in str(self._value("proxy", "")):
             self._leave("proxy", "the port is chosen for each launch")
         name = self._made.add_engine(self._name, engine)

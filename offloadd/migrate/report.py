@@ -89,12 +89,12 @@ def free_name(name: str, taken: Iterable[str]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists and small mappings on one line, as people write them."""
+    """Lists of words on one line, as people write them."""
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
-        """A list on one line."""
+        """A list of words on one line."""
         del flow_style
-        return super().represent_sequence(tag, sequence, flow_style=True)
+        return super().represent_sequence(tag, sequence, flow_style=not any(isinstance(item, dict) for item in sequence))
 
     def ignore_aliases(self, data: Any) -> bool:
         """Everything is written out."""

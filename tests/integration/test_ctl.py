@@ -160,6 +160,15 @@ def test_a_conversation_on_a_terminal(daemon: Daemon) -> None:
         talk.close()
 
 
+def test_load_and_unload_by_hand(daemon: Daemon) -> None:
+    assert "b is ready: " in ctl(daemon, "load", "org/B:1").stdout
+    assert "b is off: " in ctl(daemon, "unload", "b").stdout
+    assert json.loads(ctl(daemon, "load", "b", "--no-wait", "--json").stdout)["done"] is False
+    daemon.wait_for("b")
+    assert "absent.gguf" in ctl(daemon, "load", "gone", code=1).stderr
+    assert "nobody" in ctl(daemon, "load", "nobody", code=1).stderr
+
+
 def test_logs(daemon: Daemon) -> None:
     whole = ctl(daemon, "logs", "a").stdout
     assert whole
