@@ -18,7 +18,7 @@ from offloadd.api.limits import KeyMeter
 from offloadd.api.metrics import exposition
 from offloadd.api.openapi import description
 from offloadd.api.picture import Control, Picture
-from offloadd.api.scopes import scope_of
+from offloadd.api.scopes import check_query, scope_of
 from offloadd.errors import RequestError
 from offloadd.events import EventKind, about
 from offloadd.state.access import ANYBODY, Access, Caller, Scope
@@ -195,6 +195,7 @@ async def _pass(door: Door, request: web.Request, handler: Handler) -> web.Strea
     scope = scope_of(request)
     present = _admit(request, access, scope)
     _check_length(request)
+    check_query(request)
     if scope is Scope.ADMIN and request.method != "GET":
         who, said = present.name or "the local user", about(EventKind.ADMIN_CALL, request=request[_ID_KEY], key=present.name)
         log.info("%s %s by %s", request.method, request.path[:200], who, extra=said)

@@ -83,7 +83,11 @@ def _responses(each: Operation) -> dict[str, Any]:
     if each.path == "/health":
         found["503"] = {"description": "the scheduler does not progress", "content": content}
     if each.path == "/reload":
-        found["400"] = {"description": "the config was refused; the one before it is in force", "content": content}
+        refused = {"anyOf": [shapes.RELOADED, shapes.ERROR]}
+        found["400"] = {
+            "description": "the config was refused; the one before it is in force",
+            "content": {JSON: {"schema": refused}},
+        }
     error = {"$ref": f"#/components/schemas/{_ERRORS.get(each.tag, 'Error')}"}
     found["default"] = {"description": "refused or failed: the message says why", "content": {JSON: {"schema": error}}}
     return found

@@ -101,16 +101,25 @@ BORROW = {
     **thing({"size": {"type": "string", "examples": ["10GiB"]}}, device=TEXT, why=TEXT, pid=maybe(WHOLE), **{"for": maybe(TEXT)}),
     "additionalProperties": False,
 }
-_ROUTING = {"model": TEXT, "stream": YES, "backend": TEXT}
-_MESSAGES = listed(thing({"role": TEXT}), minItems=1)
-NAMED = thing({}, **_ROUTING)
+NAME: Schema = {"type": "string", "minLength": 1}
+_MODEL = {"model": NAME}
+_ROUTING: dict[str, Schema] = {"stream": YES}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_CONTENT = {"anyOf": [TEXT, listed(thing({"type": {"const": "text"}, "text": TEXT}), minItems=1)]}
+_MESSAGES = listed(thing({"role": {"enum": list(_ROLES)}, "content": _CONTENT}), minItems=1)
+_TURNS = listed(thing({"role": {"enum": ["user", "assistant"]}, "content": _CONTENT}), minItems=1)
+_OLLAMA_MESSAGES = listed(thing({"role": {"enum": ["system", "user", "assistant", "tool"]}, "content": TEXT}))
+_INPUT = {"anyOf": [NAME, listed(NAME, minItems=1)]}
+NAMED = thing(_MODEL)
 PLAIN = {
-    "anyOf": [thing({"prompt": TEXT}, **_ROUTING), thing({"messages": _MESSAGES}, **_ROUTING)],
-    "description": "either a prompt or messages; other fields go to the engine as they are",
+    "oneOf": [thing({**_MODEL, "prompt": TEXT}, **_ROUTING), thing({**_MODEL, "messages": _MESSAGES}, **_ROUTING)],
+    "description": "either a prompt or messages; `backend` may name one of the model's engines; other fields go to the engine",
 }
-CHAT = thing({"messages": _MESSAGES}, **_ROUTING)
-COMPLETION = thing({"prompt": {"anyOf": [TEXT, listed(TEXT), listed(WHOLE)]}}, **_ROUTING)
-EMBEDDING = thing({"input": {"anyOf": [TEXT, listed(TEXT), listed(WHOLE)]}}, **_ROUTING)
-MESSAGES = thing({"messages": _MESSAGES, "max_tokens": {"type": "integer", "minimum": 1}}, **_ROUTING)
-OLLAMA_GENERATE = thing({"prompt": TEXT}, **_ROUTING)
-OLLAMA_EMBED = thing({"input": {"anyOf": [TEXT, listed(TEXT)]}}, **_ROUTING)
+CHAT = thing({**_MODEL, "messages": _MESSAGES}, **_ROUTING)
+COMPLETION = thing({**_MODEL, "prompt": {"anyOf": [TEXT, listed(TEXT, minItems=1)]}}, **_ROUTING)
+EMBEDDING = thing({**_MODEL, "input": _INPUT}, **_ROUTING)
+MESSAGES = thing({**_MODEL, "messages": _TURNS, "max_tokens": {"type": "integer", "minimum": 1}}, **_ROUTING)
+OLLAMA_CHAT = thing({**_MODEL, "messages": _OLLAMA_MESSAGES}, stream=YES)
+OLLAMA_GENERATE = thing({**_MODEL, "prompt": TEXT}, stream=YES)
+OLLAMA_EMBEDDING = thing({**_MODEL, "prompt": NAME})
+OLLAMA_EMBED = thing({**_MODEL, "input": _INPUT})
