@@ -18,7 +18,11 @@ SHORT = 20
 
 def access(server: Server) -> Access:
     """The rules. The secrets themselves go no further than this."""
-    return Access(keys=tuple(_key(key) for key in server.auth.keys), cors_origins=server.cors_origins)
+    return Access(
+        keys=tuple(_key(key) for key in server.auth.keys),
+        cors_origins=server.cors_origins,
+        media_hosts=tuple(host.lower() for host in server.media_hosts),
+    )
 
 
 def check_door(server: Server, decoded: Decoded, root: Node) -> Iterator[Diagnostic]:

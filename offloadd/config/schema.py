@@ -107,6 +107,8 @@ class Server(Section):
     """API keys."""
     insecure: bool = False
     """Whether an address that a network reaches may be opened without keys. Everybody there may then do everything."""
+    media_hosts: Annotated[tuple[fields.HostName, ...], Strict(False)] = ()
+    """Hosts from which engines may fetch images, audio and video that requests point to; none unless written."""
     cors_origins: fields.Origins = ()
     """Sites whose pages may call from a browser, such as `https://chat.example`; none unless written."""
 

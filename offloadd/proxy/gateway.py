@@ -18,6 +18,7 @@ from offloadd.proxy.dialects import openai, plain, sse
 from offloadd.proxy.dialects.base import Change, Translation
 from offloadd.proxy.downstream import Stream, Whole, json_answer
 from offloadd.proxy.leases import Lease, LeaseBook
+from offloadd.proxy.media import check_media
 from offloadd.proxy.upstream import Pool
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName
@@ -150,8 +151,10 @@ class Gateway:
         if not request.can_read_body:
             return call
         length = request.content_length
-        if length is not None and length <= SMALL and "Content-Encoding" not in request.headers:
-            return replace(call, body=await request.read())
+        if "json" in request.content_type or (length is not None and length <= SMALL and "Content-Encoding" not in request.headers):
+            body = await request.read()
+            check_media(body, self._desired().server.access.media_hosts)
+            return replace(call, body=body)
         # Packed bodies arrive here unpacked, so that their length is another.
         known = None if "Content-Encoding" in request.headers else length
         return replace(call, upload=routing.bounded_body(request, request.client_max_size), length=known)
@@ -223,6 +226,8 @@ class Gateway:
 
     def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None, *, as_json: bool = False) -> relay.Call:
         """The call that a request becomes. `as_json`: its body is ours, and JSON, whatever the client said of its own."""
+        if body:
+            check_media(body, self._desired().server.access.media_hosts)
         account = self._accounts.open(request)
         account.grant(lease, len(body or b""))
         own = headers.lines((*lease.host.endpoint.headers.items(), ("X-Request-Id", self._request_id(request))))

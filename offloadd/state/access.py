@@ -47,6 +47,8 @@ class Access:
 
     keys: tuple[ApiKey, ...] = ()
     """None: whoever reaches the address may do everything."""
+    media_hosts: tuple[str, ...] = ()
+    """Hosts from which engines may fetch what requests point to."""
     cors_origins: tuple[str, ...] = ()
     """Sites whose pages may call from a browser, as `https://host:port`."""
 

@@ -366,3 +366,14 @@ def test_looking_takes_no_slot(daemon: Daemon) -> None:
         one.skip(1)
         other.skip(1)
         assert sum(slot["is_processing"] for slot in daemon.get("/upstream/a/slots")) == 2
+
+
+def test_no_engine_is_made_to_fetch(daemon: Daemon) -> None:
+    """Neither through a dialect nor by path, however large the body is."""
+    picture = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest"}}
+    padding = {"type": "text", "text": "x" * 100_000}
+    for parts in ([picture], [padding, picture]):
+        asked = {**chat(), "messages": [{"role": "user", "content": parts}]}
+        for path in (CHAT, "/inference", "/upstream/a/v1/chat/completions"):
+            reply = daemon.request("POST", path, asked, {"Content-Type": "application/json"})
+            assert error_of(reply, 400)["code"] == "media_not_allowed", path
