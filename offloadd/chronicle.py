@@ -12,6 +12,7 @@ from offloadd.registry.database import Place
 from offloadd.registry.recorder import Recorder
 from offloadd.registry.store import Registry
 from offloadd.state.desired import StorageSpec
+from offloadd.state.found import Shelf
 from offloadd.state.history import End, History, Load
 from offloadd.state.ids import InstanceId, ModelName
 from offloadd.state.launch import Candidate
@@ -43,6 +44,11 @@ class Chronicle:
     def problems(self) -> Mapping[str, str]:
         """What is wrong with the registry, and what to do."""
         return {self._registry.problem: _HINT} if self._registry.problem else {}
+
+    async def start(self) -> Shelf:
+        """Read what is known; the models that were on disk."""
+        await self.recorder.start()
+        return await asyncio.to_thread(self._registry.found)
 
     async def attend(self) -> None:
         """Write what has come, after a while."""

@@ -28,11 +28,13 @@ from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models, of_processes
 from offloadd.api.service import Service
 from offloadd.backends.base import Backend, backend_of
+from offloadd.catalog import Catalog
 from offloadd.chronicle import Chronicle, registry_of
 from offloadd.clock import Clock, SystemClock
 from offloadd.config import render_json
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
+from offloadd.observe.devices import DeviceReader
 from offloadd.observe.devices.amdgpu import AmdReader
 from offloadd.observe.devices.host import HostReader
 from offloadd.observe.devices.nvml import NvmlReader
@@ -62,6 +64,7 @@ from offloadd.runtime.wishes import WishBook
 from offloadd.state.actions import Decision, Plan
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, HealthPolicy, ModelSpec, OnStop
+from offloadd.state.history import History
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import EngineApi
 from offloadd.state.observed import LEAVING, InstanceState, ObservedState
@@ -149,8 +152,11 @@ class Daemon:
         """Sockets for the program that is to take our place once we have ended; None when none is."""
         self._hurry = asyncio.Event()
         self._asked: asyncio.Task[Picture] | None = None
-        self._observer = Observer([HostReader(), NvmlReader(), AmdReader()], backends, read_model, content_of_model, clock)
+        readers: list[DeviceReader] = [HostReader(), NvmlReader(), AmdReader()]
+        self._observer = Observer(readers, backends, read_model, content_of_model, clock, lambda: self._catalog.facts())
         self._chronicle = Chronicle(registry_of(store.applied.desired.storage), clock)
+        self._files = asyncio.Event()
+        self._catalog = Catalog(lambda: store.applied.desired, backends, self._chronicle.recorder, self._files.set)
         self._look_soon = asyncio.Event()
         self._read_now = asyncio.Event()
         self._begun = store.applied.desired
@@ -178,8 +184,10 @@ class Daemon:
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         ready_for_signals()
         await self._take_over()
-        await self._chronicle.recorder.start()
+        self._catalog.begin(await self._chronicle.start())
         self._observer.know(self._chronicle.recorder.footprints)
+        await self._catalog.discovery.first()
+        self._catalog.publish()
         await self._look_ahead(self._store.applied.desired)
         self._store.follow(before=self._before_config, after=self._follow_config, around=self._service.reloading)
         async with self._serving(), asyncio.TaskGroup() as group:
@@ -190,6 +198,9 @@ class Daemon:
                 self._keep("the watch of the config", self._store.watch),
                 self._keep("the word to the service manager", self._service.attend),
                 self._keep("the writing of the registry", self._chronicle.attend),
+                self._keep("the search for models", self._catalog.discovery.attend),
+                self._keep("the watch of models' folders", self._catalog.discovery.watch),
+                self._keep("serving what was found", self._follow_files),
             )
             tasks = [group.create_task(loop) for loop in loops]
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
@@ -236,7 +247,13 @@ class Daemon:
             config=config,
             problems=self._list_problems(wall),
             alive=now - self._reconciler.completed_at < STALLED,
+            shelf=self._catalog.shelf,
+            totals=self._chronicle.recorder.totals,
         )
+
+    async def history(self, model: ModelName) -> History:
+        """What one model did, as the registry remembers it."""
+        return await self._chronicle.history(model)
 
     async def reload(self) -> Picture:
         """Read the config again and apply it if it is good."""
@@ -284,7 +301,7 @@ class Daemon:
         door = Door(access=lambda: self._store.applied.desired.server.access, allowed_hosts=self._allowed_hosts, meter=self._meter)
         gateway = Gateway(
             book=self._book,
-            desired=lambda: self._store.applied.desired,
+            desired=lambda: self._catalog.desired,
             pool=self._pool,
             cancels_only_streams=self._cancels_only_streams,
             request_id=request_id,
@@ -457,7 +474,7 @@ class Daemon:
             self._read_now.clear()
             await self._observer.read_memory(self._pids)
         else:
-            await self._observer.refresh(self._desired, self._pids)
+            await self._observer.refresh(lambda: self._catalog.specs, self._pids)
         self._observer.holdings.forget({*self._executor.views(), *self._loans.loans()})
         self._wake()
         self._learn(loaded & self._ready())
@@ -479,7 +496,15 @@ class Daemon:
 
     async def _look_ahead(self, desired: DesiredState) -> None:
         """Read the files and engines that a new config names, so that the first plan for it knows them."""
-        await self._observer.refresh(lambda: desired, self._pids)
+        await self._observer.refresh(lambda: self._catalog.with_config(desired), self._pids)
+
+    async def _follow_files(self) -> None:
+        """Serve what was found on disk, once it is known what it needs, and no longer what is gone."""
+        await self._files.wait()
+        self._files.clear()
+        await self._observer.consider(lambda: self._catalog.specs)
+        self._catalog.publish()
+        self._forget_models()
 
     async def _before_config(self, desired: DesiredState) -> None:
         """PermanentError when a config that is good by itself is not for the sockets that systemd gave us."""
@@ -487,14 +512,19 @@ class Daemon:
         await self._look_ahead(desired)
 
     def _follow_config(self) -> None:
-        models = self._store.applied.desired.models
+        self._catalog.reloaded()
+        self._wishes.yield_to_config(self._catalog.desired.models)
+        self._forget_models()
+
+    def _forget_models(self) -> None:
+        """Drop what is kept of models that are neither in the config nor on disk any more."""
+        models = self._catalog.desired.models
         self._executor.forget_models(models)
         self._book.forget_models(models.get)
-        self._wishes.yield_to_config(models)
         self._wake()
 
     def _desired(self) -> DesiredState:
-        applied = self._store.applied.desired
+        applied = self._catalog.desired
         if self._closing and not self._keeps:
             return replace(applied, models={}, closing=True)
         return self._keeping.applied_to(applied, self._executor.views())
@@ -585,6 +615,7 @@ class Daemon:
         found.update(self._chronicle.problems)
         if self._lives.problem:
             found[self._lives.problem] = "see that the disk has room and that the data folder is writable"
+        found.update(self._catalog.problems)
         if self._reconciler.problem:
             found[f"the last reconcile cycle failed: {self._reconciler.problem}"] = "this is a bug: see the log"
         for name in changed_at_start(self._begun, self._store.applied.desired):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import json
 import logging
 import re
 import uuid
@@ -11,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from offloadd.api import views
+from offloadd.api import listing, views
 from offloadd.api.caller import caller, identify
 from offloadd.api.guard import check_host, check_site, cors_headers, preflight
 from offloadd.api.limits import KeyMeter
@@ -23,6 +26,7 @@ from offloadd.errors import RequestError
 from offloadd.events import EventKind, about
 from offloadd.state.access import ANYBODY, Access, Caller, Scope
 from offloadd.state.desired import ModelSpec
+from offloadd.state.ids import ModelName
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +123,8 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
     return [
         web.get("/health", health),
         web.get("/vram/status", show(views.vram_status)),
-        web.get("/models", show(views.models)),
-        web.get("/models/{name:.+}", show_model(views.model)),
+        web.get("/models", _list_models(control)),
+        web.get("/models/{name:.+}", _show_one(control, find)),
         web.get("/backends", show(views.backends)),
         web.get("/backends/{name}", _show_backend(control)),
         web.get("/config", show(views.config)),
@@ -138,7 +142,33 @@ def as_seen(picture: Picture) -> Picture:
     if "*" in present.models:
         return picture
     models = {name: spec for name, spec in picture.desired.models.items() if present.may_use(name, spec.aliases)}
-    return replace(picture, desired=replace(picture.desired, models=models))
+    shelf = {name: each for name, each in picture.shelf.items() if present.may_use(name, each.spec.aliases)}
+    return replace(picture, desired=replace(picture.desired, models=models), shelf=shelf)
+
+
+def _list_models(control: Control) -> Handler:
+    async def handler(_: web.Request) -> web.Response:
+        picture = as_seen(control.look())
+        make = functools.partial(_json, listing.models, picture)
+        body = await asyncio.to_thread(make) if listing.is_long(picture) else make()
+        return web.Response(body=body, content_type="application/json")
+
+    return handler
+
+
+def _json(view: Callable[[Picture], Any], picture: Picture) -> bytes:
+    return json.dumps(view(picture)).encode()
+
+
+def _show_one(control: Control, find: Callable[[str], ModelSpec]) -> Handler:
+    async def handler(request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        entry = listing.one(as_seen(control.look()), name)
+        if entry is None:
+            entry = views.model(control.look(), find(name))  # or what is to be said to whoever asks for it
+        return web.json_response(listing.with_history(entry, await control.history(ModelName(entry["id"]))))
+
+    return handler
 
 
 def _show_backend(control: Control) -> Handler:

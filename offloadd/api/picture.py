@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from offloadd.api.meters import Meters
+from offloadd.config.discovered import Shelved
 from offloadd.state.actions import Plan
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
+from offloadd.state.history import History, Usage
+from offloadd.state.ids import ModelName
 from offloadd.state.observed import ObservedState
 from offloadd.units import Instant
 
@@ -55,6 +58,10 @@ class Picture:
     problems: Iterable[Problem]
     alive: bool
     """Whether the reconcile loop makes progress."""
+    shelf: Mapping[ModelName, Shelved] = field(default_factory=dict)
+    """Models on disk that no entry of the config is about, served or not."""
+    totals: Mapping[ModelName, Usage] = field(default_factory=dict)
+    """What each model ever did."""
 
     def wall_of(self, instant: Instant) -> float:
         """Unix seconds of a monotonic instant."""
@@ -75,6 +82,10 @@ class Control(Protocol):
 
     async def reload(self) -> Picture:
         """Read the config again and apply it if it is good; the picture after it."""
+        ...
+
+    async def history(self, model: ModelName) -> History:
+        """What one model did."""
         ...
 
     def reload_soon(self) -> None:

@@ -77,6 +77,8 @@ _OWN = thing(
         "reason": TEXT,
         "source": TEXT,
         "origin": {"enum": ["configured", "discovered"]},
+        "served": YES,
+        "usage": OBJECT,
         "aliases": listed(TEXT),
         "architecture": TEXT,
         "parameters": maybe(WHOLE),

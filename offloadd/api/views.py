@@ -15,6 +15,7 @@ from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.ids import DeviceId
 from offloadd.state.launch import Candidate, Placement
 from offloadd.state.observed import LEAVING, DeviceView, ExitRecord, InstanceView
+from offloadd.state.shape import ModelShape
 
 Json = dict[str, Any]
 
@@ -73,11 +74,6 @@ def _loan(picture: Picture, loan: Loan) -> Json:
     }
 
 
-def models(picture: Picture) -> Json:
-    """`GET /models`: OpenAI's list shape with an `offloadd` object in each entry."""
-    return {"object": "list", "data": [model(picture, spec) for spec in picture.desired.models.values()]}
-
-
 def openai_models(picture: Picture) -> Json:
     """`GET /v1/models`: OpenAI's list, and nothing else."""
     return {"object": "list", "data": [openai_model(picture, spec) for spec in picture.desired.models.values()]}
@@ -103,14 +99,15 @@ def model(picture: Picture, spec: ModelSpec) -> Json:
         "ready_in_s": decision.ready_in if decision else None,
         "by_hand": _by_hand(picture, decision),
         "source": spec.source,
-        "origin": "configured",
+        "origin": spec.origin,
+        "served": True,
         "run": spec.run,
         "aliases": list(spec.aliases),
-        **_shape(candidates),
+        **shape(next((c.facts.shape for c in candidates if c.facts.shape is not None), None)),
         "context": spec.context,
         "parallel": spec.parallel,
         "size_bytes": next((c.facts.size for c in candidates if c.facts.size is not None), None),
-        "backends": [_offer(c, decision) for c in candidates],
+        "backends": [{**_offer(c, decision), "fits": _fits(picture, spec, [c])} for c in candidates],
         "fits": _fits(picture, spec, candidates),
         "vram": _vram(candidates, views),
         "waiting": waiting.count if waiting else 0,
@@ -235,15 +232,15 @@ def _fits(picture: Picture, spec: ModelSpec, candidates: Sequence[Candidate]) ->
     return "never" if all(answer.never for answer in asked) else "after eviction"
 
 
-def _shape(candidates: Sequence[Candidate]) -> Json:
-    """What the model's file says of itself; empty where it could not be read."""
-    shape = next((c.facts.shape for c in candidates if c.facts.shape is not None), None)
-    capabilities = [] if shape is None else ["chat"] * shape.chat_template + ["completion" if shape.causal else "embedding"]
+def shape(of: ModelShape | None) -> Json:
+    """What a model's file says of itself; empty where it could not be read."""
     return {
-        "architecture": shape.architecture if shape else "",
-        "parameters": shape.parameters if shape else None,
-        "quantization": shape.quantization if shape else "",
-        "capabilities": capabilities,
+        "architecture": of.architecture if of else "",
+        "parameters": of.parameters if of else None,
+        "quantization": of.quantization if of else "",
+        "context_train": of.context_train if of else None,
+        "capabilities": list(of.capabilities) if of else [],
+        "license": of.license if of else "",
     }
 
 

@@ -7,9 +7,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
+from offloadd.state.found import Found
 from offloadd.state.ids import LOCAL, DeviceId, DeviceKind
 from offloadd.state.launch import (
     Endpoint,
@@ -130,6 +131,15 @@ class Backend(Protocol):
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """Why it ended on its own, from its exit status and the last lines of its log."""
+        ...
+
+
+@runtime_checkable
+class SuitsFiles(Protocol):
+    """An adapter that knows what a file on disk asks for: what an operator would have to write for it."""
+
+    def suit(self, options: BackendOptions | None, found: Found) -> BackendOptions:
+        """The options with what the found model needs, such as its projector."""
         ...
 
 

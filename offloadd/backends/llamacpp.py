@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from offloadd.backends.base import ExitPattern, default_exit, listed, match_exit, visible
 from offloadd.backends.memory import LlamaMemory, llama_memory
 from offloadd.backends.words import fill
 from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
+from offloadd.state.found import Found
 from offloadd.state.ids import DeviceKind
 from offloadd.state.launch import (
     Endpoint,
@@ -221,6 +222,18 @@ class LlamaCpp:
             return None
         patterns = _GPU_KINDS if listed.count("Vulkan") > 1 else (*_GPU_KINDS, *_VULKAN_KINDS)
         return frozenset(kind for pattern, kind in patterns if pattern.search(listed))
+
+    def suit(self, options: BackendOptions | None, found: Found) -> BackendOptions:
+        """A projector beside the model, an adapter over its base, and the switch without which it embeds or ranks nothing."""
+        chosen = options if isinstance(options, LlamaCppOptions) else LlamaCppOptions()
+        capabilities = found.loaded.shape.capabilities if found.loaded.shape else ()
+        return replace(
+            chosen,
+            embeddings=chosen.embeddings or "embedding" in capabilities,
+            reranking=chosen.reranking or "rerank" in capabilities,
+            mmproj=chosen.mmproj or (found.projector.path if found.projector else None),
+            lora=(*chosen.lora, found.path) if found.is_adapter else chosen.lora,
+        )
 
     def companions(self, spec: ModelSpec) -> tuple[str, ...]:
         """The multimodal projector and LoRA adapters."""

@@ -175,6 +175,14 @@ def _absolute(text: str) -> str:
     return text
 
 
+def _stores(value: object) -> tuple[str, ...] | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value) or len(value) > _MAX_ITEMS:
+        raise expected("auto, or a list of folders")
+    return _unique(tuple(_absolute(_no_nul(item)) for item in value))
+
+
 def _source(text: str) -> str:
     if ".." in text.split("/"):
         raise refused("a source must not contain ..", "put the file's folder into storage.models_path, or write its absolute path")
@@ -304,6 +312,18 @@ Listen = Annotated[
 ]
 AbsolutePath = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul), AfterValidator(_absolute)]
 Paths = Annotated[tuple[AbsolutePath, ...], Strict(False), Field(min_length=1, max_length=_MAX_ITEMS), AfterValidator(_unique)]
+Stores = Annotated[
+    tuple[str, ...] | Literal["auto"],
+    PlainValidator(_stores),
+    Written(
+        {
+            "anyOf": [
+                {"const": "auto"},
+                {"type": "array", "maxItems": _MAX_ITEMS, "uniqueItems": True, "items": {"type": "string", "minLength": 1}},
+            ]
+        }
+    ),
+]
 Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul), AfterValidator(_source)]
 Url = Annotated[Text, AfterValidator(_url)]
 Origins = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from offloadd.backends.base import Backend
 from offloadd.config.decode import MAX_REPORTED, Decoded
@@ -13,7 +13,18 @@ from offloadd.config.engines import Builtin, builtins, can_read, is_hub_id
 from offloadd.config.nodes import Node, Path, find
 from offloadd.config.notes import notes
 from offloadd.config.owned import owned_flag, owned_variable
-from offloadd.config.schema import BackendSection, BudgetSection, ConfigFile, GpuBudget, ModelSection, Section, Server, Storage
+from offloadd.config.schema import (
+    BackendSection,
+    BudgetSection,
+    ConfigFile,
+    Discovery,
+    GpuBudget,
+    ModelSection,
+    ModelSettings,
+    Section,
+    Server,
+    Storage,
+)
 from offloadd.config.sections import to_options
 from offloadd.state.desired import (
     BackendKind,
@@ -21,9 +32,11 @@ from offloadd.state.desired import (
     Budget,
     DesiredState,
     DeviceBudget,
+    DiscoverySpec,
     Engine,
     HealthPolicy,
     ModelSpec,
+    Origin,
     QueueLimits,
     ReadyRule,
     Replicas,
@@ -46,7 +59,7 @@ def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tu
     _check_budget(scope)
     scope.found.extend(check_door(decoded.config.server, decoded, root))
     scope.found.extend(notes(decoded.config, root))
-    if not decoded.config.models and not decoded.problems:
+    if not decoded.config.models and not decoded.config.discovery.serve and not decoded.problems:
         scope.found.append(warning(root.mark, "no models: whatever runs will be stopped"))
     named = {name for spec in models.values() for name in spec.backends}
     state = DesiredState(
@@ -55,6 +68,7 @@ def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tu
         budget=_budget(decoded.config.budget),
         engines=_engines(scope, named),
         models=models,
+        discovery=_discovery(scope, decoded.config.discovery),
     )
     return state, scope.found
 
@@ -109,15 +123,37 @@ class _Scope:
 def _model(scope: _Scope, name: str, section: ModelSection) -> ModelSpec:
     path = ("models", name)
     _check_owned(scope, path, section.args, section.env)
-    if "idle_timeout" in section.model_fields_set and section.run != "on-demand":
-        mark = find(scope.root, (*path, "idle_timeout"))[0].key
-        scope.found.append(warning(mark, f"idle_timeout has no effect with run: {section.run}"))
-    return ModelSpec(
+    _check_idle(scope, path, section)
+    return replace(
+        _settings(scope, section),
         name=ModelName(name),
         source=section.source,
         backends=_engines_of(scope, name, section),
         sources={BackendName(engine): source for engine, source in section.sources.items()},
         aliases=section.aliases,
+    )
+
+
+def _discovery(scope: _Scope, section: Discovery) -> DiscoverySpec:
+    path = ("discovery", "defaults")
+    _check_owned(scope, path, section.defaults.args, section.defaults.env)
+    _check_idle(scope, path, section.defaults)
+    defaults = replace(_settings(scope, section.defaults), origin=Origin.DISCOVERED)
+    return DiscoverySpec(enabled=section.enabled, serve=section.serve, stores=section.stores, defaults=defaults)
+
+
+def _check_idle(scope: _Scope, path: Path, section: ModelSettings) -> None:
+    if "idle_timeout" in section.model_fields_set and section.run != "on-demand":
+        mark = find(scope.root, (*path, "idle_timeout"))[0].key
+        scope.found.append(warning(mark, f"idle_timeout has no effect with run: {section.run}"))
+
+
+def _settings(scope: _Scope, section: ModelSettings) -> ModelSpec:
+    """What `models` and `discovery.defaults` have in common; the rest is left empty."""
+    return ModelSpec(
+        name=ModelName(""),
+        source="",
+        backends=(),
         run=section.run,
         replicas=Replicas(min=section.replicas.min, max=section.replicas.max),
         idle_timeout=section.idle_timeout,
@@ -150,7 +186,7 @@ def _model(scope: _Scope, name: str, section: ModelSection) -> ModelSpec:
     )
 
 
-def _options(scope: _Scope, section: ModelSection) -> Iterator[tuple[str, BackendOptions]]:
+def _options(scope: _Scope, section: ModelSettings) -> Iterator[tuple[str, BackendOptions]]:
     for name, adapter in scope.backends.items():
         written = getattr(section, name, None)
         if isinstance(written, Section):

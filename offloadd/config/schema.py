@@ -16,6 +16,7 @@ from offloadd.config import fields
 from offloadd.config.fields import refused
 from offloadd.state.desired import (
     Budget,
+    DiscoverySpec,
     HealthPolicy,
     ModelSpec,
     OnStop,
@@ -37,6 +38,7 @@ _QUEUE = QueueLimits()
 _RESTART = RestartPolicy()
 _HEALTH = HealthPolicy()
 _REPLICAS = Replicas()
+_DISCOVERY = DiscoverySpec()
 
 
 @dataclass(frozen=True)
@@ -336,13 +338,13 @@ class ModelSection(ModelSettings):
 class Discovery(Section):
     """Models found on disk that no entry names."""
 
-    enabled: Annotated[bool, NotYet("nothing is discovered yet")] = True
-    """Whether `storage.models_path` is searched."""
-    serve: Annotated[bool, NotYet("discovered models are not served yet", bool)] = False
-    """Whether clients may use what was found."""
-    defaults: Annotated[ModelSettings, NotYet("there are no discovered models yet", lambda value: bool(value.model_fields_set))] = (
-        ModelSettings()
-    )
+    enabled: bool = _DISCOVERY.enabled
+    """Whether `storage.models_path` and `stores` are searched. Nothing in them is ever changed."""
+    serve: bool = _DISCOVERY.serve
+    """Whether clients may use what was found; an entry of `models` goes before a found model of the same name or file."""
+    stores: fields.Stores = _DISCOVERY.stores
+    """More folders to search. `auto` are those of the Hugging Face hub, llama.cpp, Ollama and LM Studio; `[]` is none."""
+    defaults: ModelSettings = ModelSettings()
     """How discovered models are run."""
 
 

@@ -16,7 +16,7 @@ from pydantic import Field, Strict, create_model
 from offloadd.backends.base import Backend
 from offloadd.config import fields
 from offloadd.config.engines import builtins
-from offloadd.config.schema import ConfigFile, ModelSection, Section
+from offloadd.config.schema import ConfigFile, Discovery, ModelSection, ModelSettings, Section
 from offloadd.state.desired import BackendOptions
 from offloadd.units import Bytes, Seconds
 
@@ -38,9 +38,22 @@ def _config_model(adapters: tuple[tuple[str, Backend], ...]) -> type[ConfigFile]
     for name, engine in builtins(known).items():
         sections[name] = _typed_section(engine.adapter)
     model = create_model("Model", __base__=ModelSection, __doc__=ModelSection.__doc__, **sections)
-    described: Any = Field(default_factory=dict, description=ConfigFile.model_fields["models"].description)
+    described: Any = Field(default_factory=dict, description=_description(ConfigFile, "models"))
     models: Any = (dict[fields.ModelKey, model], described)
-    return create_model("Config", __base__=ConfigFile, __doc__=ConfigFile.__doc__, models=models)
+    found = _discovery(sections)
+    discovery: Any = (found, Field(found(), description=_description(ConfigFile, "discovery")))
+    return create_model("Config", __base__=ConfigFile, __doc__=ConfigFile.__doc__, models=models, discovery=discovery)
+
+
+def _discovery(sections: Mapping[str, Any]) -> type[Discovery]:
+    """With the engines' own options among the defaults."""
+    made: Any = create_model("Defaults", __base__=ModelSettings, __doc__=ModelSettings.__doc__, **sections)
+    defaults: Any = (made, Field(made(), description=_description(Discovery, "defaults")))
+    return create_model("Discovery", __base__=Discovery, __doc__=Discovery.__doc__, defaults=defaults)
+
+
+def _description(section: type[Section], name: str) -> str | None:
+    return section.model_fields[name].description
 
 
 def _typed_section(adapter: Backend) -> tuple[Any, Any]:

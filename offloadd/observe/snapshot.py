@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 READ_TIMEOUT = Seconds(5)
 HOST = "host"
+CONSIDERED_AT_ONCE = 20
+"""Models whose needs are worked out in one go; a registry may have very many."""
 
 
 class Observer:
@@ -39,6 +41,7 @@ class Observer:
         read_shape: Callable[[Path], ModelShape],
         read_content: Callable[[Path], str],
         clock: Clock | None = None,
+        known: Callable[[], Mapping[str, ModelFacts]] = dict,
     ) -> None:
         self._clock = clock or SystemClock()
         self._readers = readers
@@ -48,6 +51,8 @@ class Observer:
         self._busy: set[str] = set()
         self._late: dict[str, str] = {}
         self._facts: dict[str, ModelFacts] = {}
+        self._known = known
+        """Facts by path of files that somebody else keeps an eye on."""
         self._footprints: Mapping[str, Footprint] = {}
         self._offers: dict[tuple[ModelName, BackendName], tuple[object, Candidate]] = {}
         self._turn = asyncio.Lock()
@@ -96,7 +101,8 @@ class Observer:
             await self._read_memory(pids())
 
     async def _refresh(self, desired: DesiredState, pids: Mapping[Hashable, int]) -> None:
-        sources = sorted(self._named(desired))
+        known = self._known()
+        sources = sorted(source for source in self._named(desired) if source not in known)
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
         folders = desired.storage.models_path
@@ -104,7 +110,7 @@ class Observer:
         facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders, hubs))
         self._facts = self._facts if facts is None else facts
         await self._read_memory(pids)
-        self.consider(desired)
+        await self._consider(desired)
 
     async def _read_memory(self, pids: Mapping[Hashable, int]) -> None:
         fresh: dict[DeviceId, DeviceView] = {}
@@ -122,13 +128,20 @@ class Observer:
         if seen is not None:
             self.holdings.keep(seen)
 
-    def consider(self, desired: DesiredState) -> None:
-        """Work out the candidates of this config from the readings at hand, those anew whose basis has changed."""
+    async def consider(self, desired: Callable[[], DesiredState]) -> None:
+        """Work out the candidates from the readings at hand, without new ones: other models are wanted, or files have changed."""
+        async with self._turn:
+            await self._consider(desired())
+
+    async def _consider(self, desired: DesiredState) -> None:
+        """Work out the candidates of this config, those anew whose basis has changed; the loop goes on meanwhile."""
         self._offers = {key: offer for key, offer in self._offers.items() if key[0] in desired.models}
-        self.candidates = {
-            name: tuple(self._candidate(desired, spec, backend) for backend in spec.backends)
-            for name, spec in desired.models.items()
-        }
+        candidates: dict[ModelName, tuple[Candidate, ...]] = {}
+        for index, (name, spec) in enumerate(desired.models.items()):
+            candidates[name] = tuple(self._candidate(desired, spec, backend) for backend in spec.backends)
+            if index % CONSIDERED_AT_ONCE == CONSIDERED_AT_ONCE - 1:
+                await asyncio.sleep(0)
+        self.candidates = candidates
 
     def snapshot(self, observed: ObservedState) -> ObservedState:
         """Add the readings to what the executor knows of its instances."""
@@ -181,12 +194,15 @@ class Observer:
         source = spec.source_for(name)
         if backend is not None and backend.source_need(source) is SourceNeed.NOTHING:
             return ModelFacts(path=source, size=Bytes(0))
-        facts = self._facts.get(source, ModelFacts())
-        beside = {path: self._facts.get(path, ModelFacts()) for path in (backend.companions(spec) if backend else ())}
+        facts = self._fact(source)
+        beside = {path: self._fact(path) for path in (backend.companions(spec) if backend else ())}
         broken = next((each for each in beside.values() if each.problem), None)
         if broken and not facts.problem:
             return replace(facts, problem=broken.problem, hint=broken.hint)
         return replace(facts, companions=beside) if beside else facts
+
+    def _fact(self, source: str) -> ModelFacts:
+        return self._known().get(source) or self._facts.get(source, ModelFacts())
 
     async def _in_time(self, what: str, read: Callable[[], T]) -> T | None:
         """Call `read` in a thread, under a deadline; None when it fails or is late, and `problems` says so.

@@ -13,7 +13,7 @@ from offloadd.plan.upkeep import tend
 from offloadd.plan.wants import wanted
 from offloadd.state.actions import Plan, StopReason
 from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState
+from offloadd.state.desired import DesiredState, Origin
 from offloadd.state.observed import InstanceState, ObservedState
 from offloadd.units import Instant
 
@@ -43,7 +43,9 @@ def _retire_removed(draft: Draft) -> None:
             if draft.desired.closing:
                 draft.retire(view, StopReason.SHUTDOWN, "offloadd is shutting down")
             else:
-                draft.retire(view, StopReason.UNWANTED, "the config no longer names its model")
+                found = view.spec.origin is Origin.DISCOVERED
+                why = "its model is not on disk any more" if found else "the config no longer names its model"
+                draft.retire(view, StopReason.UNWANTED, why)
 
 
 def _adopt_orphans(draft: Draft) -> None:

@@ -30,6 +30,13 @@ class OnStop(StrEnum):
     """They run on, and the next daemon takes them over."""
 
 
+class Origin(StrEnum):
+    """Where a model comes from: an entry of the config, or a file that was found on disk."""
+
+    CONFIGURED = "configured"
+    DISCOVERED = "discovered"
+
+
 class BackendKind(StrEnum):
     """How offloadd relates to an engine's process."""
 
@@ -158,6 +165,7 @@ class ModelSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, BackendOptions] = field(default_factory=dict)
     """Typed engine options by adapter name; an adapter missing here means its defaults."""
+    origin: Origin = Origin.CONFIGURED
 
     def source_for(self, backend: BackendName) -> str:
         """What this engine loads: its own source when one is given, else the model's."""
@@ -209,14 +217,27 @@ class StorageSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiscoverySpec:
+    """Whether models on disk are looked for, where, and what becomes of them."""
+
+    enabled: bool = True
+    serve: bool = False
+    stores: tuple[str, ...] | Literal["auto"] = "auto"
+    """Folders beside `models_path`; `auto` are those of well-known programs."""
+    defaults: ModelSpec = ModelSpec(name=ModelName(""), source="", backends=(), origin=Origin.DISCOVERED)
+    """How each is run; its name, its source and its engines are filled in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredState:
-    """Everything one config asks for."""
+    """Everything one config asks for, and the models on disk if it asks for those too."""
 
     server: ServerSpec = field(default_factory=ServerSpec)
     storage: StorageSpec = field(default_factory=StorageSpec)
     budget: Budget = field(default_factory=Budget)
     engines: Mapping[BackendName, Engine] = field(default_factory=dict)
     models: Mapping[ModelName, ModelSpec] = field(default_factory=dict)
+    discovery: DiscoverySpec = field(default_factory=DiscoverySpec)
     generation: int = 0
     """Counts applied configs; 0 before the first one."""
     closing: bool = False

@@ -67,6 +67,27 @@ class ModelShape:
     causal: bool = True
     """False for encoders, which keep no cache."""
     chat_template: bool = False
+    tools: bool = False
+    """Whether that template knows of tools. It is never rendered here."""
+    pooling: str = ""
+    """How token vectors become one, where the file says that: `mean`, `cls`, `last`, or `rank` for one that judges pairs."""
+    senses: tuple[str, ...] = ()
+    """What it takes beside text: `vision`, `audio`. Of a projector: what it turns into embeddings."""
+    projection: int = 0
+    """Of a projector: the length of those embeddings, which is its model's."""
+    base: str = ""
+    """Of an adapter: the model that it was made for, by the name that it gives it."""
+    license: str = ""
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What it can be asked for."""
+        if self.pooling == "rank":
+            return ("rerank",)
+        if not self.causal or self.pooling:
+            return ("embedding",)
+        tools = ("tools",) if self.chat_template and self.tools else ()
+        return (*(("chat",) if self.chat_template else ()), "completion", *tools, *self.senses)
 
     @property
     def weights(self) -> Bytes:

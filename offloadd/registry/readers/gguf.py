@@ -129,7 +129,9 @@ class _FileReader:
         tensor_count = self._count("tensors", MAX_TENSORS)
         key_count = self._count("keys", MAX_KEYS)
         if key_count * _SMALLEST_PAIR + tensor_count * _SMALLEST_TENSOR > self._source.left:
-            raise self._source.refuse(f"{key_count} keys and {tensor_count} tensors are announced: the file has no room for them")
+            raise self._source.refuse(
+                f"{key_count} keys and {tensor_count} tensors are announced: the file has no room for them", is_short=True
+            )
         for _ in range(key_count):
             self._pair()
         tensors = self._tensors(tensor_count)
@@ -214,7 +216,9 @@ class _FileReader:
         kind, count = self._number(self._u32), self._number(self._u64)
         if kind == _STRING:
             if count * self._u64.size > self._source.left:
-                raise self._source.refuse(f"{key}: {count} strings are announced, the file has no room for them", at=at)
+                raise self._source.refuse(
+                    f"{key}: {count} strings are announced, the file has no room for them", at=at, is_short=True
+                )
             self._source.skip_strings(count, self._u64)
             return Omitted(count)
         form = self._structs.get(kind)
@@ -222,7 +226,7 @@ class _FileReader:
             what = "arrays of arrays are not read" if kind == _ARRAY else f"type {kind} is not known"
             raise self._source.refuse(f"{key}: {what}", at=at)
         if count * form.size > self._source.left:
-            raise self._source.refuse(f"{key}: {count} items are announced, the file has no room for them", at=at)
+            raise self._source.refuse(f"{key}: {count} items are announced, the file has no room for them", at=at, is_short=True)
         if count > MAX_ITEMS:
             self._source.skip(count * form.size)
             return Omitted(count)
@@ -297,6 +301,7 @@ class _Places:
                     f"{tensor.name}: its {max(0, size)} bytes would end {offset + size - room} bytes behind the end of the file",
                     at=self.at[index],
                     hint="the file is not whole: copy or download it again, and compare its size with the original",
+                    is_short=True,
                 )
             if tensor.bytes < 0:
                 tensors[index] = tensor._replace(bytes=size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import msgspec
 
 from offloadd.registry.readers.errors import HeaderError
+from offloadd.registry.readers.hub_extras import said_beside
 from offloadd.registry.readers.hub_shapes import HubTally, hub_shape
 from offloadd.registry.readers.source import open_source
 from offloadd.registry.readers.tensors import Tensor
@@ -72,7 +74,7 @@ def read_folder(folder: Path) -> ModelShape:
                 raise HeaderError(path, 0, f"the model has more than the {MAX_TENSORS} tensors that are read")
             tally.add(tensor)
     try:
-        return hub_shape(config, tally)
+        return replace(hub_shape(config, tally), **said_beside(folder, config))
     except ValueError as error:
         raise HeaderError(folder / "config.json", 0, str(error)) from error
 
@@ -82,7 +84,11 @@ def read_tensors(path: Path) -> Iterator[Tensor]:
     with open_source(path, 2 * MAX_HEADER) as source:
         length = int.from_bytes(source.take(8), "little")
         if not 2 <= length <= min(MAX_HEADER, source.left):
-            raise source.refuse(f"a header of {length} bytes: {source.left} are left in the file, {MAX_HEADER} allowed", at=0)
+            raise source.refuse(
+                f"a header of {length} bytes: {source.left} are left in the file, {MAX_HEADER} allowed",
+                at=0,
+                is_short=length <= MAX_HEADER,
+            )
         text = source.take(length, MAX_HEADER)
         room = source.left
     if text[:1] != b"{":
@@ -125,6 +131,7 @@ def _tensor(path: Path, at: int, name: str, value: bytes, room: int) -> Tensor:
             at,
             f"{name}: its bytes {start} to {end} are not within the {room} that follow the header",
             hint="the file is not whole: copy or download it again, and compare its size with the original",
+            is_short=0 <= start <= end,
         )
     if len(entry.shape) > _MAX_DIMENSIONS or any(not 0 <= size <= _MAX_ELEMENTS for size in entry.shape):
         raise HeaderError(path, at, f"{name}: its dimensions are impossible")

@@ -18,6 +18,8 @@ MAX_LAYERS = 1024
 _BLOCK = re.compile(r"(?:enc\.|dec\.)?blk\.(\d{1,9})\.(.*)")
 _EXPERTS = re.compile(r"ffn_(?:up|down|gate|gate_up)_(?:ch|)exps")
 _FEED = ("ffn_up.weight", "ffn_gate.weight")
+_TOOLS = re.compile(r"\b(?:tools|tool_calls)\b|\.Tools\b")
+_POOLING = {1: "mean", 2: "cls", 3: "last", 4: "rank"}
 _INPUT = ("token_embd.weight", "per_layer_token_embd.weight", "position_embd.weight", "token_types.weight")
 
 
@@ -90,6 +92,10 @@ def _companion(facts: Facts, tally: Tally, kind: str) -> ModelShape:
         heads=facts.number(f"{part}attention.head_count"),
         other=Bytes(tally.weights),
         causal=False,
+        senses=tuple(sense for sense in ("vision", "audio") if facts.flag(f"has_{sense}_encoder", default=False)),
+        projection=facts.number(f"{part}projection_dim") or facts.number("audio.projection_dim"),
+        base=facts.text("general.base_model.0.name"),
+        license=facts.text("general.license"),
     )
 
 
@@ -121,6 +127,9 @@ def _model(facts: Facts, tally: Tally) -> ModelShape:
         attention_row=rules.attention_row(),
         causal=facts.architecture not in patterns.NO_CACHE and facts.flag("attention.causal", default=True),
         chat_template=facts.has("tokenizer.chat_template"),
+        tools=knows_tools(facts.text("tokenizer.chat_template")),
+        pooling=_POOLING.get(facts.number("pooling_type"), ""),
+        license=facts.text("general.license"),
     )
 
 
@@ -136,6 +145,11 @@ def _layer(rules: LayerRules, tally: Tally, index: int) -> LayerShape:
         v_row=v_row,
         state=rules.state(index) if cache != LayerCache.NONE else 0,
     )
+
+
+def knows_tools(template: str) -> bool:
+    """Whether a chat template speaks of tools, by its words alone."""
+    return _TOOLS.search(template) is not None
 
 
 def _quantization(facts: Facts) -> str:

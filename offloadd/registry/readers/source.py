@@ -42,9 +42,9 @@ class Source:
         """Bytes between here and the end of the file."""
         return self.size - self.position
 
-    def refuse(self, problem: str, *, at: int | None = None, hint: str = "") -> HeaderError:
+    def refuse(self, problem: str, *, at: int | None = None, hint: str = "", is_short: bool = False) -> HeaderError:
         """The error to raise for what lies at `at`, by default here."""
-        return HeaderError(self.path, self.position if at is None else at, problem, hint=hint)
+        return HeaderError(self.path, self.position if at is None else at, problem, hint=hint, is_short=is_short)
 
     def take(self, count: int, limit: int = TAKE_LIMIT) -> bytes:
         """The next `count` bytes; at most `limit`."""
@@ -58,7 +58,7 @@ class Source:
     def skip(self, count: int) -> None:
         """Leave out `count` bytes, without reading those beyond the window."""
         if not 0 <= count <= self.left:
-            raise self.refuse(f"{count} bytes are announced, {self.left} are left in the file")
+            raise self.refuse(f"{count} bytes are announced, {self.left} are left in the file", is_short=count > 0)
         self._move(self._at + count)
 
     def skip_strings(self, count: int, length: struct.Struct) -> None:
@@ -80,7 +80,7 @@ class Source:
         except (struct.error, OverflowError, IndexError):
             pass
         if self._start + at > self.size:
-            raise self.refuse("a string reaches past the end of the file", at=self._start + before)
+            raise self.refuse("a string reaches past the end of the file", at=self._start + before, is_short=True)
         self._move(at)
         return hopped
 
@@ -94,14 +94,16 @@ class Source:
     def _refill(self, count: int) -> None:
         position = self.position
         if count > self.size - position:
-            raise self.refuse(f"the file ends here: {count} bytes are expected, {max(0, self.size - position)} are left")
+            raise self.refuse(
+                f"the file ends here: {count} bytes are expected, {max(0, self.size - position)} are left", is_short=True
+            )
         wanted = min(max(count, _WINDOW if self._scanned else _FIRST_WINDOW), self.size - position)
         self._scanned += wanted
         if self._scanned > self._limit:
             raise self.refuse(f"the header is longer than the {self._limit} bytes that are read of it")
         window = os.pread(self._handle, wanted, position)
         if len(window) < count:
-            raise self.refuse("the file became shorter while it was read")
+            raise self.refuse("the file became shorter while it was read", is_short=True)
         self._start, self._at, self._window = position, 0, window
 
 

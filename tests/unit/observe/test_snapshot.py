@@ -144,7 +144,7 @@ async def test_candidates_are_made_from_files_engines_and_what_was_learned(obser
     assert not found.estimate.learned
     assert "does not exist" in missing.problem
     observer.know({found.footprint_key: Footprint(model=ModelName("a"), backend=ENGINE.name, peak=Bytes(12345))})
-    observer.consider(config)
+    await observer.consider(lambda: config)
     (again,) = observer.candidates[ModelName("a")]
     assert again.estimate is not None
     assert (again.estimate.total, again.fingerprint) == (12345, found.fingerprint)

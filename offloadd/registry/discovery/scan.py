@@ -1,0 +1,227 @@
+"""One look at all stores: which models there are now. What did not change costs no more than looking at its files' dates."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from offloadd.registry.discovery.assemble import ADAPTER, MODEL, Draft, drafts_of
+from offloadd.registry.discovery.headers import Headers
+from offloadd.registry.discovery.names import assign, slug
+from offloadd.registry.discovery.ollama import Manifests
+from offloadd.registry.discovery.stores import HUB, OLLAMA, Store
+from offloadd.registry.discovery.tree import Folder, Look, Tree
+from offloadd.state.found import Format, Found, Shelf
+from offloadd.state.ids import ModelName
+from offloadd.state.launch import ModelFacts
+from offloadd.state.shape import ModelShape
+
+_ODD = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """What one look found. The same object as the last one when nothing has changed."""
+
+    found: Mapping[str, Found] = field(default_factory=dict)
+    """By path."""
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """By path: stores and folders that could not be looked at."""
+    folders: frozenset[str] = frozenset()
+    """Every folder that was looked into, to be watched."""
+    files: int = 0
+    due: float | None = None
+    """In how many seconds to look again, though nothing changes: a file that is being written will have settled."""
+
+
+class Scanner:
+    """Looks again and again. Everything blocks: one call at a time, in a thread."""
+
+    def __init__(self, read_shape: Callable[[Path], ModelShape], shelf: Shelf | None = None) -> None:
+        self._tree = Tree()
+        self._headers = Headers(read_shape)
+        self._manifests = Manifests()
+        self._drafts: dict[str, list[Draft]] = {}
+        self._restless: set[str] = set()
+        """Folders and stores that something was due in at the last look."""
+        self._names: dict[str, str] = {}
+        self._last = Scan()
+        self._is_first = True
+        if shelf is not None:
+            self._names = {path: str(name) for path, name in shelf.names.items()}
+            self._remember(shelf)
+
+    @property
+    def read(self) -> int:
+        """How many headers were read in all."""
+        return self._headers.read
+
+    def scan(self, stores: Sequence[Store]) -> Scan:
+        """Look at all of them."""
+        look = self._tree.look(stores)
+        self._headers.due.clear()
+        drafts, anything = self._all_drafts(stores, look)
+        if not anything and not self._is_first and look.problems == self._last.problems:
+            return self._last
+        self._is_first = False
+        found = self._named([draft for draft in _once(_current(drafts)) if draft.kind in (MODEL, ADAPTER)])
+        paths = {draft.path for draft in drafts} | {draft.projector.path for draft in drafts if draft.projector}
+        self._headers.forget(dict.fromkeys(paths))
+        self._last = Scan(
+            found=found,
+            problems=look.problems,
+            folders=frozenset(folder.path for folder in look.folders),
+            files=sum(len(folder.marks) for folder in look.folders),
+            due=min(self._headers.due, default=None),
+        )
+        return self._last
+
+    def _remember(self, shelf: Shelf) -> None:
+        for found in shelf.present.values():
+            for facts in (found.facts, found.projector):
+                if facts is not None:
+                    self._headers.remember(facts)
+
+    def _all_drafts(self, stores: Sequence[Store], look: Look) -> tuple[list[Draft], bool]:
+        """Everything there is, and whether any of it was worked out anew."""
+        restless, self._restless = self._restless, set()
+        before, self._drafts = self._drafts, {}
+        drafts: list[Draft] = []
+        anew = len(before)
+        for unit, changed, make in self._units(stores, look):
+            waiting = len(self._headers.due)
+            if unit in before and not changed and unit not in restless:
+                anew -= 1
+                self._drafts[unit] = before[unit]
+            else:
+                self._drafts[unit] = make()
+                anew += unit not in before
+            if len(self._headers.due) > waiting:
+                self._restless.add(unit)
+            drafts += self._drafts[unit]
+        return drafts, anew > 0
+
+    def _units(self, stores: Sequence[Store], look: Look) -> Iterator[tuple[str, bool, Callable[[], list[Draft]]]]:
+        """What is worked out as a whole: a folder, or all of an Ollama store."""
+        kept = {store.path: store for store in stores if store.kind == OLLAMA}
+        folders: dict[str, list[Folder]] = {path: [] for path in kept}
+        for folder in look.folders:
+            if folder.store.path in kept and folder.store.kind == OLLAMA:
+                folders[folder.store.path].append(folder)
+            else:
+                yield folder.path, folder.path in look.changed, lambda folder=folder: drafts_of(folder, self._headers)  # type: ignore[misc]
+        for path, own in folders.items():
+            changed = any(folder.path in look.changed for folder in own)
+            store = kept[path]
+            yield path, changed, lambda store=store, own=own: list(self._manifests.drafts(store, own, self._headers))  # type: ignore[misc]
+
+    def _named(self, drafts: Sequence[Draft]) -> dict[str, Found]:
+        names = assign({draft.path: slug(draft.stem, draft.path) for draft in drafts}, self._names)
+        self._names.update(names)
+        models = [draft for draft in drafts if draft.kind == MODEL]
+        bases = {draft.path: _base_of(draft, models) for draft in drafts if draft.kind == ADAPTER}
+        adapters: dict[str, list[str]] = {}
+        for path, base in bases.items():
+            if base is not None:
+                adapters.setdefault(base.path, []).append(path)
+        found = {}
+        for draft in drafts:
+            is_adapter = draft.kind == ADAPTER
+            base = bases.get(draft.path)
+            found[draft.path] = Found(
+                name=ModelName(names[draft.path]),
+                store=draft.store,
+                format=draft.format,
+                facts=_without_base(draft) if is_adapter and base is None else draft.facts,
+                aliases=draft.aliases,
+                projector=draft.projector,
+                base=base.facts if base else None,
+                adapters=tuple(adapters.get(draft.path, ())),
+                is_adapter=is_adapter,
+            )
+        return found
+
+
+def _current(drafts: Sequence[Draft]) -> Iterator[Draft]:
+    """Of several revisions in the hub's cache only the one that its `main` points to, where that is there."""
+    revisions: dict[str, set[str]] = {}
+    for draft in drafts:
+        repository, revision = _revision(draft)
+        if repository:
+            revisions.setdefault(repository, set()).add(revision)
+    mains = {repository: _main(repository) for repository, known in revisions.items() if len(known) > 1}
+    for draft in drafts:
+        repository, revision = _revision(draft)
+        main = mains.get(repository, "")
+        if not main or main not in revisions[repository] or main == revision:
+            yield draft
+
+
+def _revision(draft: Draft) -> tuple[str, str]:
+    """The repository's folder and the revision."""
+    before, found, after = draft.path.partition("/snapshots/")
+    return (before, after.partition("/")[0]) if draft.store == HUB and found else ("", "")
+
+
+def _main(repository: str) -> str:
+    try:
+        with Path(repository, "refs", "main").open("rb") as file:
+            return file.read(100).decode("ascii", "replace").strip()
+    except OSError:
+        return ""
+
+
+def _once(drafts: Iterator[Draft]) -> Iterator[Draft]:
+    """A file that several names lead to counts once, under the first."""
+    seen: set[tuple[int, ...]] = set()
+    for draft in drafts:
+        key = draft.mark if draft.mark != (-1, -1) else (hash(draft.path),)
+        if key not in seen:
+            seen.add(key)
+            yield draft
+
+
+def _without_base(draft: Draft) -> ModelFacts:
+    if draft.facts.problem:
+        return draft.facts
+    named = f' "{draft.shape.base}"' if draft.shape and draft.shape.base else ""
+    return replace(
+        draft.facts, problem=f"is an adapter, and its base model{named} was not found", hint="put the base model beside it"
+    )
+
+
+def _base_of(adapter: Draft, models: Sequence[Draft]) -> Draft | None:
+    """The model that an adapter is for: of its architecture, and of the name that it gives, or the only one beside it."""
+    if adapter.shape is None or adapter.format is not Format.GGUF:
+        return None
+    fitting = [
+        model
+        for model in models
+        if model.shape and not model.facts.problem and model.format is Format.GGUF
+        if model.shape.architecture == adapter.shape.architecture
+    ]
+    wanted = _plain(adapter.shape.base)
+    if wanted:
+        fitting = [model for model in fitting if _is_called(model, wanted)]
+    else:
+        beside = [model for model in fitting if model.folder == adapter.folder]
+        fitting = beside if len(beside) == 1 else []
+    return min(fitting, key=lambda model: (model.folder != adapter.folder, model.store != adapter.store, model.path), default=None)
+
+
+def _is_called(model: Draft, wanted: str) -> bool:
+    names = [model.shape.name if model.shape else "", model.stem, PurePosixPath(model.folder).name]
+    return any(_plain(name).startswith(wanted) for name in names)
+
+
+def _plain(text: str) -> str:
+    return _ODD.sub("", text.lower())
+
+
+def timed(scanner: Scanner, stores: Sequence[Store]) -> tuple[Scan, float]:
+    """A scan, and the seconds that it took."""
+    begun = time.monotonic()
+    return scanner.scan(stores), time.monotonic() - begun

@@ -1,0 +1,195 @@
+"""Keeps knowing what is on disk: by the kernel's events where there are some, and by a slow poll that costs next to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import watchfiles
+
+from offloadd.events import EventKind, about
+from offloadd.registry.discovery.scan import Scan, Scanner, timed
+from offloadd.registry.discovery.stores import Store
+from offloadd.state.found import Found, Shelf
+from offloadd.state.ids import ModelName
+from offloadd.state.launch import ModelFacts
+from offloadd.state.shape import ModelShape
+from offloadd.units import counted
+
+log = logging.getLogger(__name__)
+
+POLL_S = 2.0
+"""Everything is looked at this often even when no event comes: network disks send none."""
+SHARE = 0.02
+"""Of one core that looking may take: what takes long is done less often."""
+LONGEST_POLL_S = 300.0
+MAX_WATCHED = 4000
+"""Folders that are watched for events; the others are left to the poll."""
+FIRST_S = 5.0
+"""So long a start waits for the first look; a disk that takes longer is waited for while models of the config are served."""
+LATE_S = 60.0
+"""A look that takes longer is a problem that is told."""
+LEAST_S = 0.1
+LEAST_SHARE = 5
+"""Between two looks lies at least this time, and this multiple of what the last one took, however many events come."""
+
+
+class Aside(Protocol):
+    """Runs something that blocks in a thread that nobody has to wait for."""
+
+    def __call__(self, read: Callable[[], tuple[Scan, float]], *, name: str) -> Awaitable[tuple[Scan, float]]:
+        """What it returns or raises."""
+        ...
+
+
+class Discovery:
+    """The models on disk, as last seen. `changed` is called on the loop with what is new, other or (None) gone, by path."""
+
+    def __init__(
+        self,
+        *,
+        stores: Callable[[], Sequence[Store]],
+        read_shape: Callable[[Path], ModelShape],
+        aside: Aside,
+        changed: Callable[[Mapping[str, Found | None]], None],
+    ) -> None:
+        self._stores = stores
+        self._read_shape = read_shape
+        self._aside = aside
+        self._changed = changed
+        self._scanner = Scanner(read_shape)
+        self._scan = Scan()
+        self._took = 0.0
+        self._first = asyncio.Event()
+        self._soon = asyncio.Event()
+        self._moved = asyncio.Event()
+        self._late = ""
+        self._looking: asyncio.Task[None] | None = None
+        self.found: Mapping[ModelName, Found] = {}
+        self.facts: Mapping[str, ModelFacts] = {}
+        """Of every file that a found model is loaded from, by path."""
+
+    @property
+    def problems(self) -> Mapping[str, str]:
+        """What could not be looked at, and why."""
+        return {**self._scan.problems, **({"the search for models": self._late} if self._late else {})}
+
+    def begin(self, shelf: Shelf) -> None:
+        """Take what an earlier daemon saw for true until the first look says otherwise."""
+        self._scanner = Scanner(self._read_shape, shelf)
+        self._take(Scan(found=shelf.present))
+
+    async def first(self) -> None:
+        """Take the first look; one that takes long goes on while others go on too."""
+        self._looking = asyncio.create_task(self._look(), name="first look for models")
+        await asyncio.wait({self._looking}, timeout=FIRST_S)
+
+    def look_soon(self) -> None:
+        """Look again now: the stores are others, or something was put there."""
+        self._soon.set()
+
+    async def attend(self) -> None:
+        """One look, and the wait for a reason to look again."""
+        looking, self._looking = self._looking, None
+        await (looking or self._look())
+        self._first.set()
+        await self._wait()
+
+    async def _look(self) -> None:
+        stores = self._stores()
+        looking = asyncio.ensure_future(self._aside(lambda: timed(self._scanner, stores), name="search for models"))
+        try:
+            while not looking.done():
+                done, _ = await asyncio.wait({looking}, timeout=LATE_S)
+                self._late = "" if done else "takes very long: is a disk not answering?"
+        finally:
+            looking.cancel()
+        scan, self._took = looking.result()
+        self._take(scan)
+
+    def _take(self, scan: Scan) -> None:
+        """What was found, if it is other than before."""
+        before = self._scan.found
+        if scan.folders != self._scan.folders:
+            self._moved.set()
+        self._scan = scan
+        if scan.found is before:
+            return
+        changed: dict[str, Found | None] = {path: found for path, found in scan.found.items() if before.get(path) != found}
+        changed.update(dict.fromkeys(before.keys() - scan.found.keys()))
+        if not changed:
+            return
+        self.found = {found.name: found for found in scan.found.values()}
+        self.facts = dict(_facts(scan.found.values()))
+        self._tell(changed, before)
+        self._changed(changed)
+
+    def _tell(self, changed: Mapping[str, Found | None], before: Mapping[str, Found]) -> None:
+        """One line each, or one for all where there are many."""
+        if len(changed) > 20:
+            log.info("%s found on disk", counted(len(self.found), "model", "models"), extra=about(EventKind.MODELS_FOUND))
+            return
+        for path, found in changed.items():
+            if found is None:
+                log.info("%s is gone: %s", before[path].name, path, extra=about(EventKind.MODEL_GONE, model=before[path].name))
+            elif path not in before or found.facts.problem != before[path].facts.problem:
+                state = found.facts.problem or "is here"
+                log.info("%s: %s %s", found.name, path, state, extra=about(EventKind.MODELS_FOUND, model=found.name))
+
+    async def _wait(self) -> None:
+        """Until an event, the poll, or the moment in which something is due; and a while, however many events there are."""
+        poll = min(LONGEST_POLL_S, max(POLL_S, self._took / SHARE))
+        wait = poll if self._scan.due is None else min(poll, max(0.0, self._scan.due))
+        await asyncio.sleep(max(LEAST_S, self._took * LEAST_SHARE))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                await self._soon.wait()
+        self._soon.clear()
+
+    async def watch(self) -> None:
+        """Look soon after each event in the folders, until other folders are the ones to watch."""
+        await self._first.wait()
+        folders = self._scan.folders
+        watcher = _Watcher(sorted(folders)[:MAX_WATCHED], asyncio.get_running_loop(), self._soon.set)
+        try:
+            self._soon.set()  # for what happened before it was watched
+            while self._scan.folders == folders:
+                self._moved.clear()
+                await self._moved.wait()
+        finally:
+            watcher.stop()
+
+
+class _Watcher:
+    """Waits for events in a thread of its own: setting up very many watches would hold up the loop."""
+
+    def __init__(self, folders: Sequence[str], loop: asyncio.AbstractEventLoop, happened: Callable[[], object]) -> None:
+        self._folders, self._loop, self._happened = folders, loop, happened
+        self._stop = threading.Event()
+        if folders:
+            threading.Thread(target=self._run, name="watch for models", daemon=True).start()
+
+    def stop(self) -> None:
+        """End soon."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        options = {"debounce": 200, "step": 50, "rust_timeout": 10_000, "recursive": False, "raise_interrupt": False}
+        try:
+            for _ in watchfiles.watch(*self._folders, watch_filter=None, stop_event=self._stop, **options):  # type: ignore[arg-type]
+                self._loop.call_soon_threadsafe(self._happened)
+        except (OSError, RuntimeError) as error:
+            # A folder went away in this moment, the system has no watch left, or the loop is closed: the poll still works.
+            log.debug("folders of models cannot be watched: %s", error)
+
+
+def _facts(found: Iterable[Found]) -> Iterable[tuple[str, ModelFacts]]:
+    for each in found:
+        for facts in (each.facts, each.projector):
+            if facts is not None:
+                yield facts.path, facts
