@@ -16,6 +16,7 @@ from aiohttp import web
 
 from offloadd.api import listing, views
 from offloadd.api.caller import caller, identify
+from offloadd.api.dashboard import dashboard_route
 from offloadd.api.guard import check_host, check_site, cors_headers, preflight
 from offloadd.api.limits import KeyMeter
 from offloadd.api.metrics import exposition
@@ -131,6 +132,7 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
         web.get("/metrics", metrics),
         web.get("/openapi.json", describe),
         web.post("/reload", reload),
+        dashboard_route(),
         web.get("/v1/models", show(views.openai_models)),
         web.get("/v1/models/{name:.+}", show_model(views.openai_model)),
     ]
