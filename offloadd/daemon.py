@@ -135,6 +135,8 @@ class Daemon:
         self._backends = backends
         self._session = session
         self._pool = Pool()
+        self._ready_hosts: dict[ModelName, Sequence[Host]] = {}
+        self._host_names: tuple[object, frozenset[str]] = (None, frozenset())
         self._manager = manager
         self._service = Service(manager, self.look)
         self._listeners = Listeners((), activated=False)
@@ -352,7 +354,10 @@ class Daemon:
 
     def _allowed_hosts(self) -> frozenset[str]:
         """The names given by the present config, and those of the addresses that are really listened on."""
-        return allowed_hosts(self._listeners.addresses, self._store.applied.desired.server.allowed_hosts)
+        server = self._store.applied.desired.server
+        if self._host_names[0] is not server:
+            self._host_names = (server, allowed_hosts(self._listeners.addresses, server.allowed_hosts))
+        return self._host_names[1]
 
     async def _reload_by_signal(self) -> None:
         await self._store.reload("SIGHUP")
@@ -518,6 +523,7 @@ class Daemon:
 
     def _forget_models(self) -> None:
         """Drop what is kept of models that are neither in the config nor on disk any more."""
+        self._ready_hosts.clear()
         models = self._catalog.desired.models
         self._executor.forget_models(models)
         self._book.forget_models(models.get)
@@ -542,6 +548,8 @@ class Daemon:
 
     def _apply(self, plan: Plan) -> None:
         self._executor.apply(plan)
+        if plan.actions:
+            self._ready_hosts.clear()
         self._loans.refuse(plan)
         self._service.changed()
         # Before the next request can come in: those that wait see the decisions and instances of this plan.
@@ -552,6 +560,7 @@ class Daemon:
             self._look_soon.set()
 
     def _changed(self, instance: InstanceId) -> None:
+        self._ready_hosts.clear()
         self._book.serve_all()
         self._note(instance)
         ended = self._executor.get(instance)
@@ -573,6 +582,13 @@ class Daemon:
         self._reconciler.wake()
 
     def _hosts(self, model: ModelName) -> Sequence[Host]:
+        """The model's ready instances; looked up anew whenever something about instances or the config has changed."""
+        found = self._ready_hosts.get(model)
+        if found is None:
+            found = self._ready_hosts[model] = self._look_up_hosts(model)
+        return found
+
+    def _look_up_hosts(self, model: ModelName) -> Sequence[Host]:
         found: list[Host] = []
         ejected: list[Host] = []
         for key, view in self._executor.views().items():

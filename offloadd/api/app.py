@@ -6,8 +6,8 @@ import asyncio
 import functools
 import json
 import logging
+import random
 import re
-import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +80,11 @@ def build_app(
 def answer_headers(request: web.Request, door: Door) -> dict[str, str]:
     """What every answer bears, whoever writes it."""
     return {"X-Request-Id": request[_ID_KEY], **cors_headers(request, door.access().cors_origins)}
+
+
+def _new_id() -> str:
+    """A name, and no secret."""
+    return f"{random.getrandbits(128):032x}"
 
 
 def request_id(request: web.Request) -> str:
@@ -192,7 +197,7 @@ def _middleware(door: Door, ended: Ended, shape: Shape) -> Any:
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
-        request[_ID_KEY] = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request[_ID_KEY] = given if given and _REQUEST_ID.fullmatch(given) else _new_id()
         response: web.StreamResponse | None = None
         refusal: RequestError | None = None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Collection
 
@@ -21,7 +22,7 @@ def check_host(request: web.Request, allowed: Collection[str]) -> None:
     A page whose own name was made to resolve to this machine (DNS rebinding) would otherwise be let in by the browser.
     """
     hosts = request.headers.getall("Host", [])
-    if len(hosts) > 1 or any(char in host for host in hosts for char in _FORBIDDEN_IN_HOST):
+    if len(hosts) > 1 or not all(_FORBIDDEN_IN_HOST.isdisjoint(host) for host in hosts):
         raise RequestError(400, "bad_host", "the request's Host header is not a host name")
     if request.transport is not None and request.transport.get_extra_info("peername") in (None, ""):
         return  # a UNIX socket: no browser can be made to speak to it
@@ -77,6 +78,7 @@ def _without_port(host: str) -> str:
     return host.rsplit(":", 1)[0] if ":" in host else host
 
 
+@functools.lru_cache(maxsize=256)
 def _is_loopback(name: str) -> bool:
     if name == "localhost":
         return True

@@ -127,6 +127,13 @@ class Stream(asyncio.Protocol):
         self._take()
         self._write(headers.response_head(status, fields, self._own) + framing + end)
 
+    @property
+    def raw(self) -> Callable[[bytes], None] | None:
+        """Takes whole chunks as they are; None where they would have to be changed."""
+        if self._change is not None or not self._chunked or self._bodiless or self._transport is None:
+            return None
+        return self._transport.write
+
     def feed(self, piece: bytes) -> None:
         """Send a piece of the body; BrokenStreamError when the dialect cannot make sense of it."""
         if self._change is not None:

@@ -93,7 +93,7 @@ class Gateway:
         routing.check_backend(spec, head.backend)
         body = routing.apply_rules(spec.request, raw)
         async with self._leased(spec, backend=head.backend) as held:
-            if routing.read_head(body).stream:
+            if (head if body is raw else routing.read_head(body)).stream:
                 return await self._stream(request, held.lease, self._call(request, held.lease, request.path, body))
             return await self._whole(request, held, request.path, body)
 
@@ -237,15 +237,8 @@ class Gateway:
             fields = tuple(pair for pair in fields if pair[0].lower() != b"content-type")
         return relay.Call(method=request.method, path=path, fields=fields, own=own, account=account, body=body)
 
-    @asynccontextmanager
-    async def _leased(self, spec: ModelSpec, lease: Lease | None = None, backend: str | None = None) -> AsyncIterator[_Held]:
-        held = _Held(lease or await self._book.acquire(spec))
-        try:
-            routing.check_granted(held.lease.host.backend, backend)
-            yield held
-        finally:
-            if not held.kept:
-                self._book.release(held.lease)
+    def _leased(self, spec: ModelSpec, lease: Lease | None = None, backend: str | None = None) -> _Holding:
+        return _Holding(self._book, spec, lease, backend)
 
     def _named(self, request: web.Request, lease: Lease, more: Mapping[str, str] = _NONE) -> bytes:
         """Header lines of ours: whose answer it is, and to what."""
@@ -255,6 +248,35 @@ class Gateway:
 class _Held:
     """A lease, and whether it outlives the handler."""
 
+    __slots__ = ("kept", "lease")
+
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.kept = False
+
+
+class _Holding:
+    """Holds an instance while a block runs, and longer when the block says so."""
+
+    __slots__ = ("_backend", "_book", "_held", "_lease", "_spec")
+
+    def __init__(self, book: LeaseBook, spec: ModelSpec, lease: Lease | None, backend: str | None) -> None:
+        self._book = book
+        self._spec = spec
+        self._lease = lease
+        self._backend = backend
+        self._held: _Held | None = None
+
+    async def __aenter__(self) -> _Held:
+        lease = self._lease or await self._book.acquire(self._spec)
+        try:
+            routing.check_granted(lease.host.backend, self._backend)
+        except RequestError:
+            self._book.release(lease)
+            raise
+        self._held = _Held(lease)
+        return self._held
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._held is not None and not self._held.kept:
+            self._book.release(self._held.lease)

@@ -54,7 +54,6 @@ _NOT_IN_TRAILERS = _NOT_TO_CLIENTS | {
 }
 """What a trailer must not say, because it decides how a message is read."""
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
-_UNFIT = b"\r\n\x00"
 
 
 class UnfitHeaderError(Exception):
@@ -87,7 +86,12 @@ def trailer_lines(fields: Fields) -> bytes:
 
 def lines(fields: Iterable[tuple[str, str]]) -> bytes:
     """Headers of our own as lines. Line breaks in a value become spaces; what is not Latin-1 becomes a question mark."""
-    return "".join(f"{name}: {' '.join(value.split())}\r\n" for name, value in fields).encode("latin-1", "replace")
+    text = ""
+    for name, value in fields:
+        if not value.isprintable():
+            value = " ".join(value.split())
+        text += f"{name}: {value}\r\n"
+    return text.encode("latin-1", "replace")
 
 
 def field(fields: Fields, name: bytes) -> bytes:
@@ -103,7 +107,7 @@ def _kept(fields: Fields, dropped: frozenset[bytes]) -> bytes:
             if key == b"connection" and b"," in value + b"," and value.lower() not in (b"close", b"keep-alive"):
                 return _kept([pair for pair in fields if pair[0].lower() != b"connection"], dropped | _named(fields))
             continue
-        if any(char in value for char in _UNFIT):
+        if b"\n" in value or b"\r" in value or b"\0" in value:
             raise UnfitHeaderError(f"the header {name[:64]!r} holds a line break")
         kept.append(b"%b: %b\r\n" % (name, value))
     return b"".join(kept)

@@ -80,6 +80,8 @@ class LeaseBook:
         self._wake = wake
         self._lines: dict[ModelName, _Line] = {}
         self._leases: dict[InstanceId, set[Lease]] = {}
+        self._counts: dict[InstanceId, int] = {}
+        """Leases that take a slot."""
         self._last_used: dict[ModelName, Instant] = {}
         self._idle_since: dict[InstanceId, Instant] = {}
         self._closed = ""
@@ -110,6 +112,8 @@ class LeaseBook:
     def release(self, lease: Lease) -> None:
         """The request is over: its slot goes to the next in line."""
         held = self._leases.get(lease.host.instance, set())
+        if lease in held and not lease.beside:
+            self._count(lease.host.instance, -1)
         held.discard(lease)
         if not held:
             self._leases.pop(lease.host.instance, None)
@@ -247,10 +251,20 @@ class LeaseBook:
         revoked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         lease = Lease(host=host, why=why, waited=waited, revoked=revoked, beside=beside)
         self._leases.setdefault(host.instance, set()).add(lease)
+        if not beside:
+            self._count(host.instance, 1)
         return lease
 
     def _held(self, instance: InstanceId) -> int:
-        return sum(not lease.beside for lease in self._leases.get(instance, ()))
+        return self._counts.get(instance, 0)
+
+    def _count(self, instance: InstanceId, more: int) -> None:
+        """Counted as they come and go: with a thousand of them, to count them for each would be the most of the work."""
+        count = self._held(instance) + more
+        if count:
+            self._counts[instance] = count
+        else:
+            self._counts.pop(instance, None)
 
 
 def _refuse_all(line: _Line, refusal: RequestError) -> None:

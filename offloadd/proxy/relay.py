@@ -84,7 +84,8 @@ class Exchange:
         self._pool = pool
         self._lease = lease
         self._call = call
-        self._sign = lease.host.sign
+        self.sign = lease.host.sign
+        """Says that the instance is alive."""
         self._tap = call.account.tap
         self._connection: Connection | None = None
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -177,7 +178,7 @@ class Exchange:
 
     def begin(self, head: Head) -> None:
         """The answer's head. What an engine refuses is read whole, to be said in our words."""
-        self._sign()
+        self.sign()
         if head.status >= 400 and not self._call.by_path:
             self._refusal = head
             return
@@ -190,7 +191,6 @@ class Exchange:
 
     def feed(self, piece: bytes) -> None:
         """A piece of its body."""
-        self._sign()
         self._tap.feed(piece)
         try:
             if self._refusal is not None:
@@ -316,6 +316,15 @@ class Passing(Exchange):
         streamed = headers.field(head.fields, b"content-type").lower().startswith((b"text/event-stream", b"application/x-ndjson"))
         self._call.account.streamed = streamed
         self._stream.begin(head.status, head.fields, head.length, connection)
+        write = self._stream.raw
+        if write is not None:
+            tap = self._tap.feed
+
+            def through(data: bytes) -> None:
+                tap(data)
+                write(data)
+
+            connection.pass_through(through)
 
     def _end(self, trailer: Fields) -> None:
         self._stream.finish(trailer)
@@ -332,7 +341,7 @@ class Passing(Exchange):
 
 
 def origin(lease: Lease) -> dict[str, str]:
-    """Headers that say whose answer it is, and why it was asked of that one."""
+    """Headers that say whose answer it is, and why that one was asked."""
     host = lease.host
     return {"X-Offloadd-Instance": str(host.instance), "X-Offloadd-Backend": host.backend, "X-Offloadd-Reason": lease.why}
 

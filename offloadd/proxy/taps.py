@@ -6,6 +6,7 @@ The bytes are looked at, never decoded on their way: only the first and the last
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ _PIECES = 4
 """The event with the count comes last, or before `[DONE]`; one more may lie between."""
 _KEPT = 4096
 """Of each such piece, and of the first: an answer that is no stream may begin with its usage."""
+_CHUNK_LINE = re.compile(rb"\r\n[0-9a-fA-F]{1,7}\r\n")
+"""Pieces may come with the framing of their chunks."""
 _DECODER = json.JSONDecoder()
 
 
@@ -58,13 +61,17 @@ class Tap:
 
     def tokens(self) -> Tokens:
         """What the first and last bytes say."""
-        texts = [self._head.decode(errors="replace"), b"".join(self._tail).decode(errors="replace")]
+        seen = [self._head, b"".join(self._tail)]
+        if self.size <= _KEPT and len(self._tail) < _PIECES:
+            del seen[0]  # all of it is in the other
         usage: dict[str, Any] = {}
         timings: dict[str, Any] = {}
-        for text in texts:
-            usage.update(_members(text, '"usage":'))
-            timings.update(_members(text, '"timings":'))
-        return _tokens(usage, timings)
+        for data in seen:
+            if b'"usage":' in data or b'"timings":' in data:
+                text = _CHUNK_LINE.sub(b"", data).decode(errors="replace")
+                usage.update(_members(text, '"usage":'))
+                timings.update(_members(text, '"timings":'))
+        return _tokens(usage, timings) if usage or timings else Tokens()
 
 
 def _tokens(usage: Mapping[str, Any], timings: Mapping[str, Any]) -> Tokens:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -26,6 +28,9 @@ MAX_IDLE = 256
 MAX_HEAD = 64 * 1024
 """An answer's head, or its trailer, or any framing between two pieces of its body, is not longer."""
 MAX_FIELDS = 256
+SIGN_EVERY = 1.0
+"""How often instances that have sent bytes are said to be alive."""
+_CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
 
 
 class BrokenAnswerError(Exception):
@@ -64,6 +69,10 @@ class Taker(Protocol):
         """It will not be."""
         ...
 
+    def sign(self) -> None:
+        """Bytes came lately."""
+        ...
+
     def hold(self) -> None:
         """The backend takes no more for now."""
         ...
@@ -78,6 +87,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_begun",
+        "_between",
         "_bodiless",
         "_ended",
         "_fields",
@@ -89,12 +99,14 @@ class Connection(asyncio.Protocol):
         "_pool",
         "_silent",
         "_taker",
+        "_through",
         "_trailer",
         "_transport",
         "_tunnel",
         "_until_close",
         "_waiter",
         "_writing_paused",
+        "fresh",
         "heard",
         "key",
         "since",
@@ -107,6 +119,8 @@ class Connection(asyncio.Protocol):
         self.since = 0.0
         self.heard = False
         """Whether any byte came since the request was sent."""
+        self.fresh = False
+        """Whether any came since that was last told to the taker."""
         self._pool = pool
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
@@ -123,6 +137,8 @@ class Connection(asyncio.Protocol):
         self._fields: list[tuple[bytes, bytes]] = []
         self._trailer: list[tuple[bytes, bytes]] = []
         self._silent = 0
+        self._between = False
+        self._through: Callable[[bytes], None] | None = None
 
     # --- what the owner does ---
 
@@ -166,9 +182,19 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
+    def pass_through(self, write: Callable[[bytes], None]) -> None:
+        """From now on whole chunks are not taken apart, but given to `write` as they came. The last chunk is still the taker's."""
+        self._through = write
+
+    def sign(self) -> None:
+        """Tell the taker, if bytes came since the last time."""
+        if self.fresh and self._taker is not None:
+            self.fresh = False
+            self._taker.sign()
+
     def abort(self) -> None:
         """Close it, whatever is under way: the backend sees its client leave."""
-        self._taker = None
+        self._taker = self._through = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -180,6 +206,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer; on an idle connection nobody has asked for any."""
+        self.fresh = True
+        if self._through is not None and self._between and _are_whole_chunks(data):
+            # Where the parser stands, between two chunks, it stands behind them as well: so it need not see them.
+            self._through(data)
+            return
         taker, parser = self._taker, self._parser
         if taker is None or parser is None:
             self.abort()
@@ -198,6 +229,7 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             problem = str(error.__context__ or error) or type(error).__name__
             self._keep = False
+        self._between = self._between and data.endswith(b"\r\n")
         self._hand_on(taker, rest)
         if problem and self._taker is taker:
             self._fail(BrokenAnswerError(problem))
@@ -295,6 +327,15 @@ class Connection(asyncio.Protocol):
         # After a chunked answer llama-server's connection is at its end, though it does not say so.
         self._keep = not (chunked or self._until_close or self._tunnel or self._bodiless)
         self._ended = self._bodiless
+        self._between = chunked
+
+    def on_chunk_header(self) -> None:
+        """A chunk has begun."""
+        self._between = False
+
+    def on_chunk_complete(self) -> None:
+        """It is whole."""
+        self._between = True
 
     def on_body(self, piece: bytes) -> None:
         """A piece of the body."""
@@ -311,10 +352,29 @@ class Connection(asyncio.Protocol):
         self._ended = not self._tunnel
 
 
+def _are_whole_chunks(data: bytes) -> bool:
+    """Whether the bytes are whole chunks in their plainest form, and none of them the last one."""
+    place, end = 0, len(data)
+    while place < end:
+        found = _CHUNK.match(data, place)
+        if found is None:
+            return False
+        size = int(found[1], 16)
+        place = found.end() + size + 2
+        if size == 0 or place > end or data[place - 2 : place] != b"\r\n":
+            return False
+    return True
+
+
 def _framing(fields: Fields) -> tuple[bool, int | None]:
     """Whether the body is chunked, and its length where one is given. What could be read in two ways is refused."""
-    coded = [value.strip().lower() for name, value in fields if name.lower() == b"transfer-encoding"]
-    sizes = {value.strip() for name, value in fields if name.lower() == b"content-length"}
+    coded: list[bytes] = []
+    sizes: set[bytes] = set()
+    for name, value in fields:
+        if len(name) == 14 and name.lower() == b"content-length":
+            sizes.add(value.strip())
+        elif len(name) == 17 and name.lower() == b"transfer-encoding":
+            coded.append(value.strip().lower())
     if coded and (coded != [b"chunked"] or sizes):
         raise BrokenAnswerError("its transfer encoding is not plainly chunked")
     if len(sizes) > 1 or not all(size.isdigit() for size in sizes):
@@ -329,6 +389,7 @@ class Pool:
         self._idle: dict[str, list[Connection]] = {}
         self._open: set[Connection] = set()
         self._sweep: asyncio.TimerHandle | None = None
+        self._signing: asyncio.TimerHandle | None = None
 
     def idle(self, endpoint: Endpoint) -> Connection | None:
         """A kept connection that may still be open, the one used last."""
@@ -353,6 +414,8 @@ class Pool:
                 secure = _certified() if endpoint.tls else None
                 await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=secure)
         self._open.add(connection)
+        if self._signing is None:
+            self._signing = loop.call_later(SIGN_EVERY, self._sign)
         return connection
 
     def give_back(self, connection: Connection, *, keep: bool) -> None:
@@ -381,11 +444,19 @@ class Pool:
 
     def close(self) -> None:
         """Close every connection."""
-        if self._sweep is not None:
-            self._sweep.cancel()
+        for timer in (self._sweep, self._signing):
+            if timer is not None:
+                timer.cancel()
         self._idle.clear()
         for connection in list(self._open):
             connection.abort()
+
+    def _sign(self) -> None:
+        self._signing = None
+        for connection in self._open:
+            connection.sign()
+        if self._open:
+            self._signing = asyncio.get_running_loop().call_later(SIGN_EVERY, self._sign)
 
     @property
     def size(self) -> int:
