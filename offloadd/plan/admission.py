@@ -5,25 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from offloadd.plan.balance import Seat, pick
 from offloadd.state.actions import Decision, ModelState
 from offloadd.state.desired import ModelSpec, RunMode
-from offloadd.state.ids import BackendName, InstanceId
+from offloadd.state.ids import InstanceId
 from offloadd.units import Instant, Seconds, format_seconds
 
 PATIENCE = Seconds(5)
 """A backoff up to this long is waited out in the queue; a longer one refuses at once and says when to come back."""
 FULL_RETRY = Seconds(5)
 """When to come back, where it is not known how long a load takes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """A ready instance with the requests that it holds and the number that it works on at once."""
-
-    instance: InstanceId
-    backend: BackendName
-    leases: int
-    slots: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +41,20 @@ class Refused:
 
 
 def admit(
-    spec: ModelSpec, decision: Decision | None, seats: Sequence[Seat], waiting: int, *, now: Instant
+    spec: ModelSpec,
+    decision: Decision | None,
+    seats: Sequence[Seat],
+    waiting: int,
+    *,
+    now: Instant,
+    known: InstanceId | None = None,
 ) -> Granted | Queued | Refused:
-    """Decide about the request next in line; `waiting` counts those before it in the queue."""
-    free = [seat for seat in seats if seat.leases < seat.slots]
-    if free and not waiting:
-        best = min(free, key=lambda seat: (seat.leases / seat.slots, seat.instance))
-        return Granted(instance=best.instance, why=f"{best.instance} is ready with {best.leases} of {best.slots} slots busy")
+    """Decide about the request next in line; `waiting` counts those before it in the queue, `known` has its conversation cached."""
+    best = None if waiting else pick(seats, now=now, known=known)
+    if best is not None:
+        familiar = " and knows the conversation" if best.instance == known else ""
+        why = f"{best.instance} is ready with {best.leases} of {best.slots} slots busy{familiar}"
+        return Granted(instance=best.instance, why=why)
     refusal = None if seats else hopeless(spec, decision, now=now)
     if refusal:
         return refusal

@@ -62,7 +62,6 @@ class Account:
         self.model = lease.host.instance.model
         self.size_in = size
         self.granted = Instant(self.arrived + lease.waited)
-        self.reason = lease.why
 
 
 ACCOUNT: web.RequestKey[Account] = web.RequestKey("account", Account)
@@ -134,7 +133,7 @@ class Accounts:
             cached_tokens=tokens.cached,
             completion_tokens=completion,
             tokens_per_second=speed,
-            reason=account.reason,
+            reason=account.reason or (lease.why if lease else ""),
         )
 
 

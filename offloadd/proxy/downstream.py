@@ -77,12 +77,12 @@ class Whole(Sent):
 
 
 class Stream(asyncio.Protocol):
-    """One answer on its way to a client. `own` are header lines of ours; a dialect may change the body.
+    """One answer on its way to a client. `own` gives header lines of ours; a dialect may change the body.
 
     Once it has begun, a failure is told in the stream itself.
     """
 
-    def __init__(self, request: web.Request, own: bytes, change: Change | None = None) -> None:
+    def __init__(self, request: web.Request, own: Callable[[], bytes], change: Change | None = None) -> None:
         self._request = request
         self._own = own
         self._change = change
@@ -125,7 +125,7 @@ class Stream(asyncio.Protocol):
         )
         end = _connection_line(self._request, keep_alive=self._keep_alive)
         self._take()
-        self._write(headers.response_head(status, fields, self._own) + framing + end)
+        self._write(headers.response_head(status, fields, self._own()) + framing + end)
 
     @property
     def raw(self) -> Callable[[bytes], None] | None:
@@ -176,7 +176,7 @@ class Stream(asyncio.Protocol):
         self.status = 101
         self._take()
         switch = b"Connection: Upgrade\r\nUpgrade: %b\r\n\r\n" % protocol
-        self._write(headers.response_head(101, fields, self._own) + switch)
+        self._write(headers.response_head(101, fields, self._own()) + switch)
         # What the client sent behind its request, which aiohttp has kept for the upgrade that it thought would be its own.
         if early := getattr(self._owner, "_message_tail", b""):
             into(early)

@@ -92,7 +92,7 @@ class Gateway:
         spec = self.find(head.model)
         routing.check_backend(spec, head.backend)
         body = routing.apply_rules(spec.request, raw)
-        async with self._leased(spec, backend=head.backend) as held:
+        async with self._leased(spec, backend=head.backend, conversation=head.conversation(spec)) as held:
             if (head if body is raw else routing.read_head(body)).stream:
                 return await self._stream(request, held.lease, self._call(request, held.lease, request.path, body))
             return await self._whole(request, held, request.path, body)
@@ -120,7 +120,7 @@ class Gateway:
         call = self._call(request, lease, translation.path, msgspec.json.encode(translation.body), as_json=True)
         if stream:
             return await self._stream(request, lease, call, translation.change(), translation.headers)
-        collecting = relay.Collecting(self._pool, lease, call, translation.gather())
+        collecting = relay.Collecting(self._pool, self._book, lease, call, translation.gather())
         await collecting.run()
         body = msgspec.json.encode(translation.whole(collecting.gathered()))
         return json_answer(request, self._named(request, lease, translation.headers), body)
@@ -167,9 +167,9 @@ class Gateway:
         change: Change | None = None,
         more: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
-        stream = Stream(request, self._named(request, lease, more or {}), change)
+        stream = Stream(request, lambda: self._named(request, lease, more or {}), change)
         try:
-            await relay.Passing(self._pool, lease, call, stream).run()
+            await relay.Passing(self._pool, self._book, lease, call, stream).run()
         except RequestError as error:
             if not stream.status:
                 raise
@@ -184,21 +184,20 @@ class Gateway:
     async def _whole(self, request: web.Request, held: _Held, path: str, body: bytes) -> web.StreamResponse:
         """An answer that is not a stream. See `dialects/openai.py` for why it may be fetched as one."""
         lease = held.lease
-        own = self._named(request, lease)
         if not self._cancels_only_streams(lease.host.backend):
             answer = await self._read(lease, self._call(request, lease, path, body))
-            return Whole(request, answer.status, answer.fields, own, answer.body)
+            return Whole(request, answer.status, answer.fields, self._named(request, lease), answer.body)
         fields = routing.read_object(body)
         if openai.can_collect(path, fields):
             call = self._call(request, lease, path, msgspec.json.encode(openai.as_stream(fields)))
-            collecting = relay.Collecting(self._pool, lease, call, openai.Collector(path))
+            collecting = relay.Collecting(self._pool, self._book, lease, call, openai.Collector(path))
             await collecting.run()
-            return json_answer(request, own, msgspec.json.encode(collecting.gathered()))
+            return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.gathered()))
         answer = await self._to_the_end(held, self._call(request, lease, path, body))
-        return Whole(request, answer.status, answer.fields, own, answer.body)
+        return Whole(request, answer.status, answer.fields, self._named(request, lease), answer.body)
 
     async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
-        reading = relay.Reading(self._pool, lease, call)
+        reading = relay.Reading(self._pool, self._book, lease, call)
         await reading.run()
         return reading.answer
 
@@ -230,15 +229,17 @@ class Gateway:
             check_media(body, self._desired().server.access.media_hosts)
         account = self._accounts.open(request)
         account.grant(lease, len(body or b""))
-        own = headers.lines((*lease.host.endpoint.headers.items(), ("X-Request-Id", self._request_id(request))))
+        own = headers.lines((("X-Request-Id", self._request_id(request)),))
         fields = request.raw_headers
         if as_json:
             own += b"Content-Type: application/json\r\n"
             fields = tuple(pair for pair in fields if pair[0].lower() != b"content-type")
         return relay.Call(method=request.method, path=path, fields=fields, own=own, account=account, body=body)
 
-    def _leased(self, spec: ModelSpec, lease: Lease | None = None, backend: str | None = None) -> _Holding:
-        return _Holding(self._book, spec, lease, backend)
+    def _leased(
+        self, spec: ModelSpec, lease: Lease | None = None, *, backend: str | None = None, conversation: int | None = None
+    ) -> _Holding:
+        return _Holding(self._book, spec, lease, backend, conversation)
 
     def _named(self, request: web.Request, lease: Lease, more: Mapping[str, str] = _NONE) -> bytes:
         """Header lines of ours: whose answer it is, and to what."""
@@ -258,9 +259,12 @@ class _Held:
 class _Holding:
     """Holds an instance while a block runs, and longer when the block says so."""
 
-    __slots__ = ("_backend", "_book", "_held", "_lease", "_spec")
+    __slots__ = ("_backend", "_book", "_conversation", "_held", "_lease", "_spec")
 
-    def __init__(self, book: LeaseBook, spec: ModelSpec, lease: Lease | None, backend: str | None) -> None:
+    def __init__(
+        self, book: LeaseBook, spec: ModelSpec, lease: Lease | None, backend: str | None, conversation: int | None
+    ) -> None:
+        self._conversation = conversation
         self._book = book
         self._spec = spec
         self._lease = lease
@@ -268,7 +272,7 @@ class _Holding:
         self._held: _Held | None = None
 
     async def __aenter__(self) -> _Held:
-        lease = self._lease or await self._book.acquire(self._spec)
+        lease = self._lease or await self._book.acquire(self._spec, conversation=self._conversation)
         try:
             routing.check_granted(lease.host.backend, self._backend)
         except RequestError:

@@ -10,7 +10,9 @@ from typing import Any
 
 from offloadd.clock import Clock
 from offloadd.errors import RequestError
-from offloadd.plan.admission import Granted, Queued, Refused, Seat, admit, retry_after
+from offloadd.plan.admission import Granted, Queued, Refused, admit, retry_after
+from offloadd.plan.balance import Seat, pick
+from offloadd.proxy.affinity import Memory
 from offloadd.state.actions import Decision
 from offloadd.state.demand import Demand, Waiting
 from offloadd.state.desired import ModelSpec
@@ -47,12 +49,17 @@ class Lease:
     """Done, with the reason, when the instance is going away and the request must end."""
     beside: bool = False
     """It takes no slot and keeps nothing loaded."""
+    crowded: bool = False
+    """Whether another request was ever on the instance at the same time."""
+    moved: bool = False
+    """Whether it was another instance's before."""
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
     since: Instant
     granted: asyncio.Future[Lease]
+    conversation: int | None = None
 
 
 @dataclass(slots=True)
@@ -85,10 +92,19 @@ class LeaseBook:
         self._last_used: dict[ModelName, Instant] = {}
         self._idle_since: dict[InstanceId, Instant] = {}
         self._closed = ""
+        self.memory = Memory(clock)
+        """Of conversations, and of how instances have fared."""
 
-    async def acquire(self, spec: ModelSpec, *, while_waiting: Callable[[Seconds], Awaitable[None]] | None = None) -> Lease:
+    async def acquire(
+        self,
+        spec: ModelSpec,
+        *,
+        while_waiting: Callable[[Seconds], Awaitable[None]] | None = None,
+        conversation: int | None = None,
+    ) -> Lease:
         """Wait for an instance of the model; RequestError when it is refused or has waited too long.
 
+        A `conversation` returns to the instance that has it in its cache, as long as that is not much busier than the others.
         While it waits, `while_waiting` is called every KEEPALIVE with the time waited: a streaming client may be sent a sign then.
         If it raises, the request leaves the queue. Whoever gets a lease must `release` it.
         """
@@ -98,8 +114,11 @@ class LeaseBook:
         self._last_used[spec.name] = now
         line = self._lines.setdefault(spec.name, _Line(spec))
         line.spec = spec
-        lease = self._try(spec, len(line.waiters), since=now)
-        return lease or await self._wait(line, _Waiter(now, asyncio.get_running_loop().create_future()), while_waiting)
+        lease = self._try(spec, len(line.waiters), since=now, conversation=conversation)
+        if lease is not None:
+            return lease
+        granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        return await self._wait(line, _Waiter(now, granted, conversation), while_waiting)
 
     def borrow(self, spec: ModelSpec) -> Lease | None:
         """A lease at once and beside the slots, for what costs the instance nothing; None when none is ready.
@@ -111,12 +130,7 @@ class LeaseBook:
 
     def release(self, lease: Lease) -> None:
         """The request is over: its slot goes to the next in line."""
-        held = self._leases.get(lease.host.instance, set())
-        if lease in held and not lease.beside:
-            self._count(lease.host.instance, -1)
-        held.discard(lease)
-        if not held:
-            self._leases.pop(lease.host.instance, None)
+        self._drop(lease)
         if not self._held(lease.host.instance) and not lease.beside:
             self._idle_since[lease.host.instance] = self._clock.now()
         if lease.beside:
@@ -130,6 +144,7 @@ class LeaseBook:
     def forget(self, instance: InstanceId) -> None:
         """It is off the books."""
         self._idle_since.pop(instance, None)
+        self.memory.forget(instance)
 
     def hang_up(self, instance: InstanceId, why: str) -> None:
         """Tell every request on the instance to end."""
@@ -224,7 +239,7 @@ class LeaseBook:
                 line.waiters.popleft()
                 continue
             try:
-                lease = self._try(line.spec, 0, since=waiter.since)
+                lease = self._try(line.spec, 0, since=waiter.since, conversation=waiter.conversation)
             except RequestError as refusal:
                 _refuse_all(line, refusal)
                 return
@@ -233,27 +248,65 @@ class LeaseBook:
             line.waiters.popleft()
             waiter.granted.set_result(lease)
 
-    def _try(self, spec: ModelSpec, waiting: int, *, since: Instant) -> Lease | None:
+    def _try(self, spec: ModelSpec, waiting: int, *, since: Instant, conversation: int | None = None) -> Lease | None:
         hosts = self._hosts(spec.name)
-        seats = [Seat(instance=h.instance, backend=h.backend, leases=self._held(h.instance), slots=h.slots) for h in hosts]
-        answer = admit(spec, self._decision(spec.name), seats, waiting, now=self._clock.now())
+        known = self.memory.place(conversation) if len(hosts) > 1 else None
+        now = self._clock.now()
+        answer = admit(spec, self._decision(spec.name), [self._seat(host) for host in hosts], waiting, now=now, known=known)
         match answer:
             case Granted():
                 host = next(h for h in hosts if h.instance == answer.instance)
+                self.memory.put(conversation, host.instance)
                 return self._record(host, answer.why, since=since)
             case Queued():
                 return None
             case Refused():
                 raise RequestError(answer.status, answer.code, answer.message, retry_after=answer.retry_after)
 
+    def _seat(self, host: Host) -> Seat:
+        held, standing = self._held(host.instance), self.memory.standing(host.instance)
+        return Seat(instance=host.instance, backend=host.backend, leases=held, slots=host.slots, standing=standing)
+
+    def move(self, lease: Lease, why: str) -> bool:
+        """Give a lease another instance of the same engine, if one has a free slot now; it is then of the old one no more."""
+        old = lease.host
+        others = [host for host in self._hosts(old.instance.model) if host.instance != old.instance and host.backend == old.backend]
+        seat = pick([self._seat(host) for host in others], now=self._clock.now())
+        if seat is None or lease.beside or self._closed:
+            return False
+        self._drop(lease)
+        lease.host = next(host for host in others if host.instance == seat.instance)
+        lease.why = f"{seat.instance} took over from {old.instance}: {why}"
+        lease.revoked = asyncio.get_running_loop().create_future()
+        lease.crowded, lease.moved = False, True
+        self._hold(lease)
+        return True
+
     def _record(self, host: Host, why: str, *, since: Instant, beside: bool = False) -> Lease:
         waited = Seconds(self._clock.now() - since)
         revoked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         lease = Lease(host=host, why=why, waited=waited, revoked=revoked, beside=beside)
-        self._leases.setdefault(host.instance, set()).add(lease)
-        if not beside:
-            self._count(host.instance, 1)
+        self._hold(lease)
         return lease
+
+    def _hold(self, lease: Lease) -> None:
+        instance = lease.host.instance
+        held = self._leases.setdefault(instance, set())
+        if len(held) == 1:  # with more, all of them know already
+            next(iter(held)).crowded = True
+        lease.crowded = bool(held)
+        held.add(lease)
+        if not lease.beside:
+            self._count(instance, 1)
+
+    def _drop(self, lease: Lease) -> None:
+        instance = lease.host.instance
+        held = self._leases.get(instance, set())
+        if lease in held and not lease.beside:
+            self._count(instance, -1)
+        held.discard(lease)
+        if not held:
+            self._leases.pop(instance, None)
 
     def _held(self, instance: InstanceId) -> int:
         return self._counts.get(instance, 0)

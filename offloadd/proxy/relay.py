@@ -14,13 +14,15 @@ from offloadd.proxy.dialects.base import Gathering, Object
 from offloadd.proxy.dialects.refusals import engine_error, event_error
 from offloadd.proxy.downstream import Stream
 from offloadd.proxy.headers import Fields
-from offloadd.proxy.leases import Lease
+from offloadd.proxy.leases import Lease, LeaseBook
 from offloadd.proxy.upstream import Connection, Head, Pool
 from offloadd.state.launch import Endpoint
 from offloadd.units import Seconds
 
 MAX_BUFFERED = 64 * 2**20
 """An answer that is not a stream is held whole up to this size, so that a backend's death gives a clean error."""
+_ELSEWHERE = frozenset({"backend_lost", "backend_busy"})
+"""What another instance may do better."""
 LAST_BYTES = Seconds(0.2)
 """After a backend has ended, what it sent before is still in the socket: so long we go on reading."""
 
@@ -47,7 +49,8 @@ class Call:
     def head(self, endpoint: Endpoint) -> bytes:
         """The request's head, framed, for a server that may have its API elsewhere than below `/v1`."""
         authority = upstream.authority(endpoint)
-        start = headers.request_head(self.method, endpoint.at(self.path), authority, self.fields, self.own)
+        own = self.own + headers.lines(endpoint.headers.items())
+        start = headers.request_head(self.method, endpoint.at(self.path), authority, self.fields, own)
         if self.upgrade:
             return b"%bConnection: Upgrade\r\nUpgrade: %b\r\n\r\n" % (start, self.upgrade)
         if self.upload is not None and self.length is None:
@@ -80,8 +83,9 @@ class Exchange:
     All of it happens in the sockets' callbacks; `run` only waits for the end.
     """
 
-    def __init__(self, pool: Pool, lease: Lease, call: Call) -> None:
+    def __init__(self, pool: Pool, book: LeaseBook, lease: Lease, call: Call) -> None:
         self._pool = pool
+        self._book = book
         self._lease = lease
         self._call = call
         self.sign = lease.host.sign
@@ -93,9 +97,34 @@ class Exchange:
         self._refusal: Head | None = None
         self._parts: list[bytes] = []
         self._size = 0
+        self._sent = False
+        self._begun = False
 
     async def run(self) -> None:
-        """Return when the answer is whole; RequestError says what went wrong. Whoever is cancelled here ends the backend's work."""
+        """Return when the answer is whole; RequestError says what went wrong. Whoever is cancelled here ends the backend's work.
+
+        What fails before a byte of the answer is here may go to another instance, once.
+        """
+        while True:
+            try:
+                await self._once()
+            except RequestError as error:
+                if error.status >= 500:
+                    self._book.memory.ill(self._lease.host.instance)
+                if not self._may_move(error) or not self._book.move(self._lease, error.message):
+                    raise
+                self._reset()
+            else:
+                self._book.memory.well(self._lease.host.instance)
+                return
+
+    def _may_move(self, error: RequestError) -> bool:
+        """Whether another instance may be asked. What was alone on one that died is the likeliest to have killed it."""
+        if self._begun or self._lease.moved or self._call.upload is not None or error.code not in _ELSEWHERE:
+            return False
+        return not self._sent or self._lease.crowded or error.code == "backend_busy"
+
+    async def _once(self) -> None:
         revoked = self._lease.revoked
         revoked.add_done_callback(self._revoked)
         try:
@@ -108,6 +137,13 @@ class Exchange:
         finally:
             revoked.remove_done_callback(self._revoked)
             self._let_go()
+
+    def _reset(self) -> None:
+        self._done = asyncio.get_running_loop().create_future()
+        self._timer = self._refusal = None
+        self._sent = False
+        self._parts, self._size = [], 0
+        self.sign = self._lease.host.sign
 
     async def _attempt(self) -> None:
         endpoint = self._lease.host.endpoint
@@ -126,7 +162,7 @@ class Exchange:
     async def _send(self, connection: Connection) -> None:
         call = self._call
         self._connection = connection
-        call.account.sent = True
+        call.account.sent = self._sent = True
         head = call.head(self._lease.host.endpoint)
         connection.send(self, head, call.body, bodiless=call.method == "HEAD")
         if call.upload is None:
@@ -185,6 +221,7 @@ class Exchange:
         try:
             if head.status == 101 and not self._call.upgrade:
                 raise upstream.BrokenAnswerError("it changes the protocol, which nobody asked for")
+            self._begun = True
             self._begin(head)
         except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
             self._fail(error)
@@ -270,8 +307,8 @@ class Reading(Exchange):
 class Collecting(Exchange):
     """Puts a whole answer together from a stream."""
 
-    def __init__(self, pool: Pool, lease: Lease, call: Call, gathering: Gathering) -> None:
-        super().__init__(pool, lease, call)
+    def __init__(self, pool: Pool, book: LeaseBook, lease: Lease, call: Call, gathering: Gathering) -> None:
+        super().__init__(pool, book, lease, call)
         self._gathering = gathering
         self._reader = sse.EventReader()
 
@@ -301,8 +338,8 @@ class Collecting(Exchange):
 class Passing(Exchange):
     """Passes an answer on to a client as it comes; where the connection is to change its protocol, in both directions."""
 
-    def __init__(self, pool: Pool, lease: Lease, call: Call, stream: Stream) -> None:
-        super().__init__(pool, lease, call)
+    def __init__(self, pool: Pool, book: LeaseBook, lease: Lease, call: Call, stream: Stream) -> None:
+        super().__init__(pool, book, lease, call)
         self._stream = stream
         self._feed = stream.feed  # type: ignore[method-assign]
 

@@ -13,6 +13,7 @@ from aiohttp import web
 from yarl import URL
 
 from offloadd.errors import RequestError
+from offloadd.proxy import affinity
 from offloadd.state.desired import DesiredState, JsonValue, ModelSpec, RequestRules
 from offloadd.units import Seconds
 
@@ -26,6 +27,15 @@ class Head(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
     backend: str | None = None
+    messages: msgspec.Raw = msgspec.Raw()
+    prompt: msgspec.Raw = msgspec.Raw()
+    prompt_cache_key: msgspec.Raw = msgspec.Raw()
+
+    def conversation(self, spec: ModelSpec) -> int | None:
+        """What marks its conversation, where there may be more than one instance to choose from."""
+        if spec.replicas.max == 1 and len(spec.backends) == 1:
+            return None
+        return affinity.conversation(self.messages, self.prompt, self.prompt_cache_key)
 
 
 @dataclass(frozen=True, slots=True)
