@@ -42,6 +42,8 @@ class EventKind(StrEnum):
     """It lives and cannot do its work; the planner replaces it."""
     INSTANCE_ENDED = "instance-ended"
     LOAN_GRANTED = "loan-granted"
+    REQUEST_WAITS = "request-waits"
+    """It was put into its model's queue."""
     REQUEST_ENDED = "request-ended"
     """One inference request is over, however it ended."""
     REGISTRY_PROBLEM = "registry-problem"

@@ -9,6 +9,7 @@ import logging
 import random
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 MAX_BODY = 64 * 2**20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _ID_KEY: web.RequestKey[str] = web.RequestKey("request_id", str)
+_present_id: ContextVar[str] = ContextVar("request_id", default="")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Shape = Callable[[str, RequestError], tuple[int, dict[str, Any]]]
 Ended = Callable[[web.Request, str, int | None, RequestError | None], None]
@@ -90,6 +92,11 @@ def _new_id() -> str:
 def request_id(request: web.Request) -> str:
     """The request's own id, or the one that we gave it."""
     return request[_ID_KEY]
+
+
+def present_request() -> str:
+    """The id of the request that this task serves; empty where it serves none."""
+    return _present_id.get()
 
 
 def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[web.RouteDef]:
@@ -198,6 +205,7 @@ def _middleware(door: Door, ended: Ended, shape: Shape) -> Any:
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
         request[_ID_KEY] = given if given and _REQUEST_ID.fullmatch(given) else _new_id()
+        _present_id.set(request[_ID_KEY])
         response: web.StreamResponse | None = None
         refusal: RequestError | None = None
         try:

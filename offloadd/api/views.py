@@ -95,9 +95,9 @@ def model(picture: Picture, spec: ModelSpec) -> Json:
         "state": decision.state if decision else ModelState.OFF,
         "reason": decision.sentence if decision else "not planned yet",
         "hint": decision.hint if decision else "",
-        "retry_at": _retry_at(picture, decision),
+        "retry_at": retry_at(picture, decision),
         "ready_in_s": decision.ready_in if decision else None,
-        "by_hand": _by_hand(picture, decision),
+        "by_hand": by_hand(picture, decision),
         "source": spec.source,
         "origin": spec.origin,
         "served": True,
@@ -255,11 +255,12 @@ def _vram(candidates: Sequence[Candidate], views: Sequence[InstanceView]) -> Jso
     }
 
 
-def _retry_at(picture: Picture, decision: Decision | None) -> float | None:
+def retry_at(picture: Picture, decision: Decision | None) -> float | None:
+    """When a start will next be tried, in Unix seconds."""
     return picture.wall_of(decision.retry_at) if decision and decision.retry_at is not None else None
 
 
-def _by_hand(picture: Picture, decision: Decision | None) -> Json | None:
+def by_hand(picture: Picture, decision: Decision | None) -> Json | None:
     """What an operator asked for; it lasts until the config is applied again."""
     wish = decision.wish if decision else None
     if wish is None:

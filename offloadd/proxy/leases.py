@@ -80,7 +80,10 @@ class LeaseBook:
         hosts: Callable[[ModelName], Sequence[Host]],
         decision: Callable[[ModelName], Decision | None],
         wake: Callable[[], None],
+        waits: Callable[[ModelName, str], None] | None = None,
     ) -> None:
+        """`waits` is told of each request that is queued, and why it has to wait."""
+        self._waits = waits
         self._clock = clock
         self._hosts = hosts
         self._decision = decision
@@ -190,6 +193,9 @@ class LeaseBook:
 
     async def _wait(self, line: _Line, waiter: _Waiter, told: Callable[[Seconds], Awaitable[None]] | None) -> Lease:
         line.waiters.append(waiter)
+        decision = self._decision(line.spec.name)
+        if self._waits is not None:
+            self._waits(line.spec.name, decision.sentence if decision else "it is not planned yet")
         self._wake()
         limit = line.spec.queue.max_wait
         try:

@@ -1,0 +1,196 @@
+"""What happened lately: every event and every request's way, bounded, by model, by instance and by request; and who follows it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from offloadd.errors import RequestError
+from offloadd.events import About, EventKind, event_of
+from offloadd.state.served import Served
+from offloadd.units import Seconds, format_seconds
+
+KEPT = 2000
+"""Events remembered in all."""
+KEPT_EACH = 100
+"""Events remembered of one model, and of one instance, and of one request."""
+NAMES = 2000
+"""Models, instances and requests of which something is remembered; the one that was heard of longest ago is forgotten first."""
+BACKLOG = 500
+"""Events that a follower may be behind; one that is slower is told so and let go."""
+MAX_FOLLOWERS = 64
+LONGEST = 2000
+"""Characters kept of a message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One thing that happened. `number` grows by one with each."""
+
+    number: int
+    at: float
+    """Unix seconds."""
+    level: str
+    message: str
+    about: About
+
+
+@dataclass(slots=True)
+class Follower:
+    """One who is told everything from now on. Once `lost`, nothing more comes."""
+
+    queue: asyncio.Queue[Entry | None] = field(default_factory=lambda: asyncio.Queue(BACKLOG))
+    lost: bool = False
+
+    def put(self, entry: Entry) -> bool:
+        """Whether it could take the entry. One that could not is woken to hear that it was let go."""
+        if self.queue.qsize() >= BACKLOG - 1:
+            self.lost = True
+            self.queue.put_nowait(None)
+            return False
+        self.queue.put_nowait(entry)
+        return True
+
+
+class _Ring:
+    """The latest entries of each of the latest names."""
+
+    def __init__(self) -> None:
+        self._by_name: OrderedDict[str, deque[Entry]] = OrderedDict()
+
+    def add(self, name: str, entry: Entry) -> None:
+        if not name:
+            return
+        self._by_name.setdefault(name, deque(maxlen=KEPT_EACH)).append(entry)
+        self._by_name.move_to_end(name)
+        if len(self._by_name) > NAMES:
+            self._by_name.popitem(last=False)
+
+    def of(self, name: str) -> list[Entry]:
+        return list(self._by_name.get(name, ()))
+
+
+class History(logging.Handler):
+    """A log handler that remembers events. Requests that went well are told to it as well, which no log shows."""
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        super().__init__()
+        self._wall = wall
+        self._loop_thread = threading.get_ident()
+        self._number = 0
+        self._all: deque[Entry] = deque(maxlen=KEPT)
+        self._models, self._instances, self._requests = _Ring(), _Ring(), _Ring()
+        self._served = _Ring()
+        """Of each model, how its latest requests ended: apart, so that many requests don't push decisions out."""
+        self._followers: list[Follower] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Remember the record if it is an event."""
+        about = event_of(record)
+        if about is not None and about.kind is not EventKind.REQUEST_ENDED:  # `served` tells of those
+            self._add(about, record.getMessage(), record.levelname.lower(), record.created)
+
+    def waits(self, model: str, request: str, why: str) -> None:
+        """A request was put into its model's queue."""
+        about = About(kind=EventKind.REQUEST_WAITS, model=model, request=request)
+        entry = self._entry(about, f"waits for {model}: {why}", "debug", self._wall())
+        with self._guard():
+            self._requests.add(request, entry)
+            self._served.add(model, entry)
+
+    def served(self, served: Served) -> None:
+        """A request is over."""
+        model, instance, backend = served.model or "", str(served.instance or ""), served.backend or ""
+        data = {"path": served.path, "fate": served.fate.value, "status": served.status, "duration_s": round(served.duration, 4)}
+        about = About(
+            kind=EventKind.REQUEST_ENDED, model=model, instance=instance, backend=backend, request=served.request, data=data
+        )
+        entry = self._entry(about, _end_of(served), "debug", self._wall())
+        with self._guard():
+            self._requests.add(served.request, entry)
+            self._served.add(model, entry)
+
+    def latest(self) -> list[Entry]:
+        """The latest events, oldest first."""
+        with self._guard():
+            return list(self._all)
+
+    def of_model(self, name: str) -> list[Entry]:
+        """Of one model."""
+        with self._guard():
+            return self._models.of(name)
+
+    def of_instance(self, name: str) -> list[Entry]:
+        """Of one instance."""
+        with self._guard():
+            return self._instances.of(name)
+
+    def requests_of(self, model: str) -> list[Entry]:
+        """How its latest requests fared."""
+        with self._guard():
+            return self._served.of(model)
+
+    def of_request(self, name: str) -> list[Entry]:
+        """What one request met."""
+        with self._guard():
+            return self._requests.of(name)
+
+    def follow(self) -> Follower:
+        """Be told everything from now on; RequestError when too many are told already."""
+        if len(self._followers) >= MAX_FOLLOWERS:
+            raise RequestError(429, "too_many_followers", f"{MAX_FOLLOWERS} follow the events already", retry_after=Seconds(10))
+        self._loop = asyncio.get_running_loop()
+        follower = Follower()
+        self._followers.append(follower)
+        return follower
+
+    def leave(self, follower: Follower) -> None:
+        """Be told nothing more."""
+        if follower in self._followers:
+            self._followers.remove(follower)
+
+    def _guard(self) -> threading.RLock:
+        if self.lock is None:  # as logging has it before a handler is made
+            self.createLock()
+        assert self.lock is not None  # noqa: S101
+        return self.lock
+
+    def _entry(self, about: About, message: str, level: str, at: float) -> Entry:
+        self._number += 1
+        return Entry(number=self._number, at=at, level=level, message=message[:LONGEST], about=about)
+
+    def _add(self, about: About, message: str, level: str, at: float) -> None:
+        entry = self._entry(about, message, level, at)
+        self._all.append(entry)
+        self._models.add(about.model, entry)
+        self._instances.add(about.instance, entry)
+        self._requests.add(about.request, entry)
+        if self._followers and self._loop is not None:
+            if threading.get_ident() == self._loop_thread:
+                self._spread(entry)
+            else:
+                self._loop.call_soon_threadsafe(self._spread, entry)
+
+    def _spread(self, entry: Entry) -> None:
+        self._followers = [follower for follower in self._followers if follower.put(entry)]
+
+
+def shown(entry: Entry) -> Mapping[str, object]:
+    """An entry as JSON: empty names are left out."""
+    about = entry.about
+    names = {"model": about.model, "instance": about.instance, "backend": about.backend, "request": about.request}
+    known = {key: name for key, name in names.items() if name}
+    head = {"id": entry.number, "at": round(entry.at, 3), "level": entry.level, "kind": about.kind.value}
+    return {**head, **known, "message": entry.message, **({"data": dict(about.data)} if about.data else {})}
+
+
+def _end_of(served: Served) -> str:
+    where = f" by {served.instance}" if served.instance else ""
+    waited = f", after {format_seconds(served.waited)} in the queue" if served.waited else ""
+    why = f": {served.reason}" if served.reason else ""
+    return f"{served.path} {served.fate.value} with {served.status}{where} in {format_seconds(served.duration)}{waited}{why}"

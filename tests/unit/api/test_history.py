@@ -1,0 +1,122 @@
+"""What is remembered of events and requests, within bounds, and who is told of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from offloadd.api import history as module
+from offloadd.api.history import BACKLOG, History, shown
+from offloadd.errors import RequestError
+from offloadd.events import EventKind, about
+from offloadd.state.ids import LOCAL, BackendName, InstanceId, ModelName
+from offloadd.state.served import Fate, Served
+from offloadd.units import Instant, Seconds
+
+log = logging.getLogger("offloadd.tests.history")
+
+
+@pytest.fixture
+def history() -> Iterator[History]:
+    made = History(lambda: 5000.0)
+    log.addHandler(made)
+    log.setLevel(logging.INFO)
+    yield made
+    log.removeHandler(made)
+
+
+def tell(text: str, kind: EventKind = EventKind.DECISION, **names: object) -> None:
+    log.info("%s", text, extra=about(kind, **names))  # type: ignore[arg-type]
+
+
+def served(request: str, **fields: object) -> Served:
+    plain: dict[str, object] = {
+        "request": request,
+        "path": "/v1/chat/completions",
+        "dialect": "openai",
+        "fate": Fate.ANSWERED,
+        "status": 200,
+        "arrived": Instant(1.0),
+        "duration": Seconds(1.5),
+        "waited": Seconds(1.0),
+        "model": ModelName("a"),
+        "backend": BackendName("llamacpp"),
+        "instance": InstanceId(LOCAL, ModelName("a"), 2),
+        "reason": "a-2 is ready with 0 of 2 slots busy",
+    }
+    return Served(**plain | fields)  # type: ignore[arg-type]
+
+
+def test_events_are_found_by_model_and_by_instance(history: History) -> None:
+    tell("a: starts", model="a")
+    tell("a-2: stopping (evicted): to make room for b", EventKind.INSTANCE_STOPPING, model="a", instance="a-2")
+    tell("b: waits", model="b")
+    log.info("no event")
+    assert [entry.message for entry in history.of_model("a")] == ["a: starts", "a-2: stopping (evicted): to make room for b"]
+    assert [entry.message for entry in history.of_instance("a-2")] == ["a-2: stopping (evicted): to make room for b"]
+    assert [entry.message for entry in history.latest()][-1] == "b: waits"
+    assert history.of_model("nobody") == []
+    first = shown(history.of_instance("a-2")[0])
+    assert first["kind"] == "instance-stopping"
+    assert (first["model"], first["instance"], first["level"], "request" in first) == ("a", "a-2", "info", False)
+
+
+def test_a_requests_way_is_told_from_its_wait_to_its_end(history: History) -> None:
+    history.waits("a", "r1", "a-1 is loading")
+    history.served(served("r1"))
+    wait, end = history.of_request("r1")
+    assert wait.message == "waits for a: a-1 is loading"
+    assert end.message == (
+        "/v1/chat/completions answered with 200 by a-2 in 1.5 s, after 1 s in the queue: a-2 is ready with 0 of 2 slots busy"
+    )
+    assert [entry.about.request for entry in history.requests_of("a")] == ["r1", "r1"]
+    assert history.of_model("a") == []  # so that requests never push decisions out
+
+
+def test_every_memory_has_a_bound(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NAMES", 3)
+    for number in range(500):
+        tell(f"decision {number} " + "x" * 5000, model="m4" if number > 4 else f"m{number}")
+        history.served(served(f"r{number}"))
+    assert len(history.of_model("m4")) == module.KEPT_EACH
+    assert history.of_model("m1") == []
+    assert history.of_request("r0") == []
+    assert len(history.of_request("r499")) == 1
+    assert max(len(entry.message) for entry in history.latest()) == module.LONGEST
+
+
+async def test_a_follower_hears_what_happens_also_in_other_threads(history: History) -> None:
+    follower = history.follow()
+    tell("one", model="a")
+    thread = threading.Thread(target=tell, args=("two",), kwargs={"model": "a"})
+    thread.start()
+    thread.join()
+    first, second = await follower.queue.get(), await follower.queue.get()
+    assert first is not None
+    assert second is not None
+    assert (first.message, second.message) == ("one", "two")
+    history.leave(follower)
+    tell("three", model="a")
+    assert follower.queue.empty()
+
+
+async def test_a_slow_follower_is_let_go_and_told_so(history: History) -> None:
+    slow, quick = history.follow(), history.follow()
+    for number in range(BACKLOG + 10):
+        tell(str(number), model="a")
+        assert await quick.queue.get() is not None
+    assert (slow.lost, quick.lost) == (True, False)
+    heard = [slow.queue.get_nowait() for _ in range(slow.queue.qsize())]
+    assert len(heard) == BACKLOG
+    assert heard[-1] is None
+
+
+async def test_only_so_many_may_follow(history: History) -> None:
+    followers = [history.follow() for _ in range(module.MAX_FOLLOWERS)]
+    with pytest.raises(RequestError, match="follow the events already"):
+        history.follow()
+    history.leave(followers[0])
+    history.follow()
