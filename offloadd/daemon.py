@@ -20,7 +20,6 @@ from offloadd.api.borrow import borrow_route
 from offloadd.api.byhand import by_hand_routes
 from offloadd.api.caller import caller
 from offloadd.api.explain import explain_routes
-from offloadd.api.history import History
 from offloadd.api.limits import KeyMeter
 from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
 from offloadd.api.logs import logs_route
@@ -28,6 +27,7 @@ from offloadd.api.meters import Meters
 from offloadd.api.metrics import PictureCollector
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models, of_processes
+from offloadd.api.recent import Recent
 from offloadd.api.service import Service
 from offloadd.backends.base import Backend, backend_of
 from offloadd.catalog import Catalog
@@ -144,7 +144,7 @@ class Daemon:
         self._listeners = Listeners((), activated=False)
         self._started_wall = clock.wall()
         self._problems = Problems()
-        self._history = History(clock.wall)
+        self._recent = Recent(clock.wall)
         self._meter = KeyMeter(clock)
         self.meters = Meters()
         self.meters.registry.register(PictureCollector(self.look))
@@ -321,20 +321,20 @@ class Daemon:
         )
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
         routes = [*gateway.routes(), *endpoints.routes(), borrow, logs, *by_hand_routes(self._wishes, gateway.find, self._decision)]
-        routes += explain_routes(self._history, lambda: as_seen(self.look()), gateway.find)
+        routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         logging.getLogger("offloadd").addHandler(self.meters.handler)
-        logging.getLogger("offloadd").addHandler(self._history)
+        logging.getLogger("offloadd").addHandler(self._recent)
         try:
             self._listeners = await open_listeners(server.listen, self._manager)
             self._listeners.check(server)
             await self._listeners.serve(runner)
             yield
         finally:
-            logging.getLogger("offloadd").removeHandler(self._history)
+            logging.getLogger("offloadd").removeHandler(self._recent)
             logging.getLogger("offloadd").removeHandler(self.meters.handler)
             await runner.cleanup()
             self._listeners.close()
@@ -352,13 +352,13 @@ class Daemon:
     def _served(self, served: Served) -> None:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""
         self.meters.served(served)
-        self._history.served(served)
+        self._recent.served(served)
         self._meter.spend(caller(), (served.prompt_tokens or 0) + (served.completion_tokens or 0))
         self._chronicle.recorder.served(served)
 
     def _waits(self, model: ModelName, why: str) -> None:
         """A request was put into a queue."""
-        self._history.waits(model, present_request(), why)
+        self._recent.waits(model, present_request(), why)
 
     def _runs(self, instance: InstanceId) -> bool:
         return instance in self._executor.alive()

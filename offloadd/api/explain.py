@@ -11,8 +11,8 @@ from aiohttp import web
 
 from offloadd.api import views
 from offloadd.api.caller import caller
-from offloadd.api.history import KEPT_EACH, Entry, History, shown
 from offloadd.api.picture import Picture
+from offloadd.api.recent import KEPT_EACH, Entry, Recent, shown
 from offloadd.errors import RequestError
 from offloadd.state.desired import ModelSpec
 from offloadd.units import Seconds
@@ -24,20 +24,20 @@ Look = Callable[[], Picture]
 Find = Callable[[str], ModelSpec]
 
 
-def explain_routes(history: History, look: Look, find: Find) -> list[web.RouteDef]:
+def explain_routes(recent: Recent, look: Look, find: Find) -> list[web.RouteDef]:
     """The routes. `look` gives the picture as the caller may see it."""
 
     async def explain(request: web.Request) -> web.Response:
         picture, limit = look(), _limit(request)
         if (wanted := request.query.get("request")) is not None:
-            return web.json_response(_of_request(history, wanted, limit))
+            return web.json_response(_of_request(recent, wanted, limit))
         if (wanted := request.query.get("instance")) is not None:
-            return web.json_response({"instance": wanted, "history": _listed(history.of_instance(wanted), limit)})
+            return web.json_response({"instance": wanted, "history": _listed(recent.of_instance(wanted), limit)})
         answer = {
             "as_of": picture.wall,
             "decisions": [_decision(picture, spec) for spec in picture.desired.models.values()],
             "loans": dict(picture.plan.loans),
-            "history": _listed(history.latest(), limit),
+            "history": _listed(recent.latest(), limit),
         }
         return web.json_response(answer)
 
@@ -48,15 +48,15 @@ def explain_routes(history: History, look: Look, find: Find) -> list[web.RouteDe
             "as_of": picture.wall,
             **_decision(picture, spec),
             "instances": [views.instance(picture, view) for view in own],
-            "history": _listed(history.of_model(spec.name), limit),
-            "requests": _listed(history.requests_of(spec.name), limit),
+            "history": _listed(recent.of_model(spec.name), limit),
+            "requests": _listed(recent.requests_of(spec.name), limit),
         }
         return web.json_response(answer)
 
     async def events(request: web.Request) -> web.StreamResponse:
         model = request.query.get("model", "")
         name = find(model).name if model else ""
-        return await _follow(request, history, name)
+        return await _follow(request, recent, name)
 
     return [web.get("/explain", explain), web.get("/explain/{model:.+}", explain_model), web.get("/events", events)]
 
@@ -82,9 +82,9 @@ def _decision(picture: Picture, spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def _of_request(history: History, name: str, limit: int) -> dict[str, Any]:
+def _of_request(recent: Recent, name: str, limit: int) -> dict[str, Any]:
     """One request's way, and what was decided about its model from its arrival on."""
-    entries = history.of_request(name)
+    entries = recent.of_request(name)
     if not entries:
         raise RequestError(404, "request_not_found", "no request of this id is remembered; ids are in X-Request-Id of each answer")
     model = next((entry.about.model for entry in entries if entry.about.model), "")
@@ -92,7 +92,7 @@ def _of_request(history: History, name: str, limit: int) -> dict[str, Any]:
         raise RequestError(404, "request_not_found", "no request of this id is remembered; ids are in X-Request-Id of each answer")
     took = entries[-1].about.data.get("duration_s", 0.0)
     begin = min(entries[0].at, entries[-1].at - (took if isinstance(took, int | float) else 0.0))
-    meanwhile = [entry for entry in history.of_model(model) if begin <= entry.at <= entries[-1].at]
+    meanwhile = [entry for entry in recent.of_model(model) if begin <= entry.at <= entries[-1].at]
     return {"request": name, "model": model, "history": _listed(entries, limit), "meanwhile": _listed(meanwhile, limit)}
 
 
@@ -115,8 +115,8 @@ def _limit(request: web.Request) -> int:
     return int(given)
 
 
-async def _follow(request: web.Request, history: History, model: str) -> web.StreamResponse:
-    follower = history.follow()
+async def _follow(request: web.Request, recent: Recent, model: str) -> web.StreamResponse:
+    follower = recent.follow()
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     try:
         await response.prepare(request)
@@ -136,7 +136,7 @@ async def _follow(request: web.Request, history: History, model: str) -> web.Str
             if model in ("", entry.about.model) and _seen([entry]):
                 await response.write(_as_sse(entry))
     finally:
-        history.leave(follower)
+        recent.leave(follower)
     return response
 
 

@@ -74,7 +74,7 @@ class _Ring:
         return list(self._by_name.get(name, ()))
 
 
-class History(logging.Handler):
+class Recent(logging.Handler):
     """A log handler that remembers events. Requests that went well are told to it as well, which no log shows."""
 
     def __init__(self, wall: Callable[[], float]) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from offloadd.api import history as module
-from offloadd.api.history import BACKLOG, History, shown
+from offloadd.api import recent as module
+from offloadd.api.recent import BACKLOG, Recent, shown
 from offloadd.errors import RequestError
 from offloadd.events import EventKind, about
 from offloadd.state.ids import LOCAL, BackendName, InstanceId, ModelName
@@ -20,8 +20,8 @@ log = logging.getLogger("offloadd.tests.history")
 
 
 @pytest.fixture
-def history() -> Iterator[History]:
-    made = History(lambda: 5000.0)
+def history() -> Iterator[Recent]:
+    made = Recent(lambda: 5000.0)
     log.addHandler(made)
     log.setLevel(logging.INFO)
     yield made
@@ -50,7 +50,7 @@ def served(request: str, **fields: object) -> Served:
     return Served(**plain | fields)  # type: ignore[arg-type]
 
 
-def test_events_are_found_by_model_and_by_instance(history: History) -> None:
+def test_events_are_found_by_model_and_by_instance(history: Recent) -> None:
     tell("a: starts", model="a")
     tell("a-2: stopping (evicted): to make room for b", EventKind.INSTANCE_STOPPING, model="a", instance="a-2")
     tell("b: waits", model="b")
@@ -64,7 +64,7 @@ def test_events_are_found_by_model_and_by_instance(history: History) -> None:
     assert (first["model"], first["instance"], first["level"], "request" in first) == ("a", "a-2", "info", False)
 
 
-def test_a_requests_way_is_told_from_its_wait_to_its_end(history: History) -> None:
+def test_a_requests_way_is_told_from_its_wait_to_its_end(history: Recent) -> None:
     history.waits("a", "r1", "a-1 is loading")
     history.served(served("r1"))
     wait, end = history.of_request("r1")
@@ -76,7 +76,7 @@ def test_a_requests_way_is_told_from_its_wait_to_its_end(history: History) -> No
     assert history.of_model("a") == []  # so that requests never push decisions out
 
 
-def test_every_memory_has_a_bound(history: History, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_memory_has_a_bound(history: Recent, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NAMES", 3)
     for number in range(500):
         tell(f"decision {number} " + "x" * 5000, model="m4" if number > 4 else f"m{number}")
@@ -88,7 +88,7 @@ def test_every_memory_has_a_bound(history: History, monkeypatch: pytest.MonkeyPa
     assert max(len(entry.message) for entry in history.latest()) == module.LONGEST
 
 
-async def test_a_follower_hears_what_happens_also_in_other_threads(history: History) -> None:
+async def test_a_follower_hears_what_happens_also_in_other_threads(history: Recent) -> None:
     follower = history.follow()
     tell("one", model="a")
     thread = threading.Thread(target=tell, args=("two",), kwargs={"model": "a"})
@@ -103,7 +103,7 @@ async def test_a_follower_hears_what_happens_also_in_other_threads(history: Hist
     assert follower.queue.empty()
 
 
-async def test_a_slow_follower_is_let_go_and_told_so(history: History) -> None:
+async def test_a_slow_follower_is_let_go_and_told_so(history: Recent) -> None:
     slow, quick = history.follow(), history.follow()
     for number in range(BACKLOG + 10):
         tell(str(number), model="a")
@@ -114,7 +114,7 @@ async def test_a_slow_follower_is_let_go_and_told_so(history: History) -> None:
     assert heard[-1] is None
 
 
-async def test_only_so_many_may_follow(history: History) -> None:
+async def test_only_so_many_may_follow(history: Recent) -> None:
     followers = [history.follow() for _ in range(module.MAX_FOLLOWERS)]
     with pytest.raises(RequestError, match="follow the events already"):
         history.follow()
