@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: demo test clients lint format clean
+.PHONY: faults demo test clients lint format clean
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
@@ -13,6 +13,9 @@ test: $(READY)  ## every test; the real server and the real model included
 	$(BIN)/python -m pytest $(ARGS)
 
 clients: $(VENV)/.clients  ## other people's SDKs, for the tests that use them; without it these are skipped
+
+faults: $(READY)  ## faults injected into real processes; the table goes to docs/faults.md (ARGS="" only prints it)
+	$(BIN)/python -m tests.faults $(if $(filter undefined,$(origin ARGS)),--write,$(ARGS))
 
 lint: $(READY)  ## style, types, and the rule of which layer may import which
 	$(BIN)/ruff check --config .ci/ruff.toml .

@@ -188,12 +188,16 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         ready_for_signals()
-        await self._take_over()
+        adopted = await self._take_over()
         self._catalog.begin(await self._chronicle.start())
         self._observer.know(self._chronicle.recorder.footprints)
         await self._catalog.discovery.first()
         self._catalog.publish()
-        await self._look_ahead(self._store.applied.desired)
+        if adopted:
+            # They could serve already: what else there is can be looked at meanwhile, and is unknown to the planner until then.
+            self._look_soon.set()
+        else:
+            await self._look_ahead(self._store.applied.desired)
         self._store.follow(before=self._before_config, after=self._follow_config, around=self._service.reloading)
         async with self._serving(), asyncio.TaskGroup() as group:
             loops = (
@@ -284,8 +288,11 @@ class Daemon:
             hang_up=self._hang_up,
         )
 
-    async def _take_over(self) -> None:
-        """Processes of an earlier daemon that was killed: what we can vouch for serves on, and all else must not keep memory."""
+    async def _take_over(self) -> int:
+        """Processes of an earlier daemon that was killed: what we can vouch for serves on, and all else must not keep memory.
+
+        How many there are.
+        """
         desired = self._store.applied.desired
         orphans = await take_up(
             self._lives.lives(),
@@ -295,6 +302,7 @@ class Daemon:
             startable=lambda life: life.backend in desired.engines and desired.engines[life.backend].adapter in self._backends,
         )
         self._executor.take_over(orphans, desired.models)
+        return len(orphans)
 
     def _health(self, instance: InstanceId) -> HealthPolicy:
         spec = self._store.applied.desired.models.get(instance.model)

@@ -344,8 +344,10 @@ class Instance:
                 await self._try_canary(probes.canary)
 
     def _patiently(self, probe: Probe) -> Probe:
-        """One that works may be deaf for as long as a prompt takes; one that nobody uses has no excuse."""
-        return probe if self._tools.held(self.id) else replace(probe, timeout=min(probe.timeout, IDLE_ANSWER))
+        """One that works may be deaf for as long as a prompt takes; the silence of one that nobody uses is noted soon, once."""
+        if self._misses or self._tools.held(self.id):
+            return probe
+        return replace(probe, timeout=min(probe.timeout, IDLE_ANSWER))
 
     async def _try_canary(self, canary: Probe) -> None:
         """Ask for one token when nobody else has for a while. It must fail twice in a row: the first may have met a long prompt."""

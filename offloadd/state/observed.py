@@ -32,9 +32,6 @@ SETTLING = frozenset({InstanceState.STARTING, InstanceState.LOADING})
 LEAVING = frozenset({InstanceState.DRAINING, InstanceState.STOPPING, InstanceState.EXITED})
 """States that take no new request and lead to the end."""
 
-EJECTING_MISSES = 2
-"""An instance whose working loop was silent for so many probes in a row is passed over while another can take the request."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceView:
@@ -81,8 +78,8 @@ class InstanceView:
 
     @property
     def ejected(self) -> bool:
-        """Whether it should be given no new request as long as another instance can take it."""
-        return bool(self.fault) or self.misses >= EJECTING_MISSES
+        """Whether it should be given no new request as long as another instance can take it. It costs nothing if it was a slip."""
+        return bool(self.fault or self.misses)
 
     @property
     def model(self) -> ModelName:

@@ -346,3 +346,64 @@ def test_a_flood_of_log_is_bounded(tmp_path: Path) -> None:
         assert current.stat().st_size < 3_000_000
         assert psutil.Process(daemon.process.pid).memory_info().rss < 300 * 2**20
         assert daemon.chat().status == 200
+
+
+# --- sick -----------------------------------------------------------------------------------------------------------------------
+
+OFTEN = {"offloadd.runtime.instance.LIVENESS_EVERY": 0.2}
+
+
+def test_dead_inference_behind_good_health_is_found_by_a_canary(tmp_path: Path) -> None:
+    health = {"canary": "300ms", "canary_timeout": "500ms"}
+    models = {
+        "dead": model(stop_timeout="500ms", health=health, env={"STANDIN_DEAD_AFTER_READY": 1}),
+        "well": model(health=health, env={"STANDIN_MARK_FILE": tmp_path / "well"}),
+    }
+    with running(tmp_path, models, patches=OFTEN) as daemon:
+        well, dead = daemon.pid("well"), daemon.pid("dead")
+        found = until(lambda: daemon.look("dead")["last_exit"], "it is stopped")
+        assert found["kind"] == "hung"
+        assert "gives no token" in found["message"]
+        until(lambda: not alive(dead), "the dead one is gone")
+        until(lambda: marks(tmp_path / "well").count("request POST /completion") >= 2, "the other one is asked too")
+        assert daemon.pid("well") == well
+
+
+def test_a_canary_does_not_disturb_work(tmp_path: Path) -> None:
+    env = {"STANDIN_TOKEN_S": 0.02, "STANDIN_MARK_FILE": tmp_path / "marks"}
+    with running(tmp_path, {"a": model(health={"canary": "500ms"}, env=env)}, patches=OFTEN) as daemon:
+        daemon.pid()
+        with daemon.stream("a", 100) as stream:
+            assert list(stream)[-1] == "[DONE]"
+        seen = marks(tmp_path / "marks")
+        begin, end = seen.index("request POST /v1/chat/completions"), seen.index("completed stream 100")
+        assert "request POST /completion" not in seen[begin:end], "none while a request ran"
+
+
+def test_a_silent_replica_is_passed_over_before_it_is_replaced(tmp_path: Path) -> None:
+    patches = {**OFTEN, "offloadd.runtime.instance.IDLE_ANSWER": 0.3, "offloadd.runtime.instance.DOUBT_EVERY": 0.1}
+    with running(tmp_path, {"a": model(replicas=2, parallel=4, stop_timeout="500ms")}, patches=patches) as daemon:
+        until(lambda: [i["state"] for i in daemon.look()["instances"]] == ["ready", "ready"], "both are ready")
+        frozen, other = (i["instance"] for i in daemon.look()["instances"])
+        pid = next(i["pid"] for i in daemon.look()["instances"] if i["instance"] == frozen)
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: next(i for i in daemon.look()["instances"] if i["instance"] == frozen).get("ejected"), "it is passed over")
+        assert {daemon.chat("a", 1).headers["X-Offloadd-Instance"] for _ in range(8)} == {other}
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: not any(i.get("ejected") for i in daemon.look()["instances"]), "it is trusted again")
+        assert pid in daemon.pids()
+
+
+def test_one_that_grows_beyond_its_ceiling_is_replaced_without_a_failed_request(tmp_path: Path) -> None:
+    settings = model(health={"rss_limit": "100MiB"}, env={"STANDIN_ALLOC_MIB": 150})
+    with running(tmp_path, {"a": settings}, patches={"offloadd.plan.upkeep.WORN_AFTER": 1.0}) as daemon:
+        pid = daemon.pid()
+        statuses = []
+
+        def replaced() -> bool:
+            statuses.append(daemon.chat("a", 2).status)
+            return not alive(pid)
+
+        until(replaced, "it is replaced", 30)
+        assert set(statuses) == {200}
+        assert "its ceiling is 100 MiB (health.rss_limit)" in daemon.log

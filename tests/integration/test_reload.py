@@ -334,6 +334,20 @@ def test_watcher_sees_a_symlink_swapped(tmp_path: Path) -> None:
         taken_up(daemon, ["a", "b"])
 
 
+def test_watcher_sees_a_link_far_up_swapped_as_nixos_does_it(tmp_path: Path) -> None:
+    """`/etc/offloadd/offloadd.json` leads through `/etc/static`, which is what a new generation swaps."""
+    static, etc = tmp_path / "static", tmp_path / "etc"
+    etc.mkdir()
+    for number in (1, 2):
+        (tmp_path / f"store-{number}" / "offloadd").mkdir(parents=True)
+    static.symlink_to(tmp_path / "store-1")
+    (etc / "offloadd").symlink_to(static / "offloadd")
+    with running(tmp_path, {}, config_path=etc / "offloadd" / "offloadd.json") as daemon:
+        (tmp_path / "store-2" / "offloadd" / "offloadd.json").write_text(text_of(daemon, "a"))
+        swap(static, tmp_path / "store-2")
+        taken_up(daemon, ["a"])
+
+
 def test_watcher_sees_a_folder_swapped_as_kubernetes_does_it(tmp_path: Path) -> None:
     mount = tmp_path / "mount"
     mount.mkdir()

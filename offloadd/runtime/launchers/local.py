@@ -23,8 +23,8 @@ from offloadd.state.life import Life, ProcessId
 MARK = "OFFLOADD_INSTANCE"
 HOME_MARK = "OFFLOADD_DATA_DIR"
 _MARKS = frozenset({MARK, HOME_MARK})
-_ENTER = 'echo 0 > "$0" && exec "$@"'
-"""Into the group before the program begins: whatever it forks is then born in it."""
+_ENTER = '{ echo 0 > "$0"; } 2>/dev/null; exec "$@"'
+"""Into the group before the program begins: whatever it forks is then born in it. One that cannot enter runs all the same."""
 _EMPTY_WITHIN = 1.0
 """Seconds that a killed group is given to become empty before its books are read and it is taken away."""
 

@@ -100,6 +100,6 @@ def test_a_process_that_cannot_be_killed_keeps_its_memory_and_bars_no_other() ->
 
 
 def test_a_silent_replica_is_passed_over() -> None:
-    assert not view("a-1", 1, misses=1).ejected
-    assert view("a-1", 1, misses=2).ejected
+    assert not view("a-1", 1).ejected
+    assert view("a-1", 1, misses=1).ejected
     assert view("a-1", 1, fault="dead").ejected
