@@ -17,6 +17,7 @@ from offloadd.environment import engine_environment
 from offloadd.runtime.launchers import Remains
 from offloadd.runtime.launchers.cgroups import Group, GroupEvidence, delegated
 from offloadd.runtime.launchers.identity import Stat, all_pids, boot_id, environment, stat
+from offloadd.runtime.launchers.pidfds import told_status
 from offloadd.state.launch import ExitStatus, Launch
 from offloadd.state.life import Life, ProcessId
 
@@ -25,6 +26,9 @@ HOME_MARK = "OFFLOADD_DATA_DIR"
 _MARKS = frozenset({MARK, HOME_MARK})
 _ENTER = '{ echo 0 > "$0"; } 2>/dev/null; exec "$@"'
 """Into the group before the program begins: whatever it forks is then born in it. One that cannot enter runs all the same."""
+_ASKED = 5
+_ASK_EVERY = 0.01
+"""How often, and with how many seconds between, the kernel is asked how a process ended that is not our child."""
 _EMPTY_WITHIN = 1.0
 """Seconds that a killed group is given to become empty before its books are read and it is taken away."""
 
@@ -39,6 +43,8 @@ class LocalProcess:
         self._ours = ours
         self._group = group
         self._child = child
+        self._ended = False
+        """Whether it is dead, or none of our business any more: its number may then be another's."""
         self.id = process
         self.exited: asyncio.Future[ExitStatus] = self._loop.create_future()
         self._pidfd = os.pidfd_open(process.pid)
@@ -51,13 +57,13 @@ class LocalProcess:
 
     def terminate(self) -> None:
         """SIGTERM to the leader."""
-        if not self.exited.done():
+        if not self._ended:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL to the whole tree. While the leader is not known to have ended, the group's number is its own."""
-        if not self.exited.done():
+        if not self._ended:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             self._kill_rest()
@@ -65,6 +71,7 @@ class LocalProcess:
     def let_go(self) -> None:
         """Stop watching it, and let it live."""
         if not self.exited.done():
+            self._ended = True
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self.exited.cancel()
@@ -77,16 +84,33 @@ class LocalProcess:
         its tree is found by the sweep.
         """
         self._loop.remove_reader(self._pidfd)
+        self._ended = True
+        if not self._ours:
+            if self._group is not None:
+                self._group.kill()
+            self._ask_how(_ASKED)
+            return
+        self._kill_rest()
         status = ExitStatus()
-        if self._ours:
-            self._kill_rest()
-            with suppress(ChildProcessError):  # somebody else has reaped it, and nothing is known of its end
-                status = _status(os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED))
-        elif self._group is not None:
-            self._group.kill()
+        with suppress(ChildProcessError):  # somebody else has reaped it, and nothing is known of its end
+            status = _status(os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED))
+        self._finish(status)
+
+    def _ask_how(self, tries: int) -> None:
+        """Whoever reaps it may need a moment, after which the kernel tells. It is not waited for long."""
+        if self.exited.done():
+            return  # let go meanwhile
+        status = told_status(self._pidfd)
+        if status is None and tries > 1:
+            self._loop.call_later(_ASK_EVERY, self._ask_how, tries - 1)
+        else:
+            self._finish(status or ExitStatus())
+
+    def _finish(self, status: ExitStatus) -> None:
         os.close(self._pidfd)
         self._forget_child()
-        self.exited.set_result(status)
+        if not self.exited.done():
+            self.exited.set_result(status)
 
     def _kill_rest(self) -> None:
         if self._group is not None:

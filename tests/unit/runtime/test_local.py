@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -175,6 +176,27 @@ async def test_the_end_of_an_adopted_one_is_seen_and_its_tree_ends(launcher: Loc
         await adopted.exited
     await asyncio.to_thread(launcher.sweep, MARK, process.id)
     assert marked(tmp_path) == []
+
+
+@pytest.mark.parametrize(("how", "status"), [("exit 7", ExitStatus(code=7)), ("kill -9 $$", ExitStatus(signal=9))])
+async def test_how_an_adopted_one_ended_where_the_kernel_tells(
+    launcher: LocalLauncher, tmp_path: Path, how: str, status: ExitStatus
+) -> None:
+    """Its parent is another process, which asks for its end as PID 1 would."""
+    code = f"import subprocess; child = subprocess.Popen(['sh', '-c', 'read _; {how}']); print(child.pid, flush=True); child.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    found = stat(int(parent.stdout.readline()))
+    assert found is not None
+    adopted = launcher.adopt(found.id, mark=MARK)
+    assert adopted is not None
+    parent.communicate(b"\n")
+    async with asyncio.timeout(10):
+        ended = await adopted.exited
+    assert ended in (status, ExitStatus())
+    if tuple(map(int, platform.release().split(".")[:2])) >= (6, 15):
+        assert ended == status
 
 
 async def test_a_sweep_spares_the_kept(launcher: LocalLauncher, tmp_path: Path) -> None:
