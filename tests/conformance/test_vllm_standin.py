@@ -1,4 +1,4 @@
-"""The stand-in for vLLM held to recordings of the real one: the same requests, and answers of the same shape; and to its lifecycle."""
+"""The stand-in for vLLM held to recordings of the real one: the same requests, answers of the same shape, and the same life."""
 
 from __future__ import annotations
 
@@ -181,9 +181,10 @@ def test_an_engine_that_dies_ends_it_with_0(tmp_path: Path, victim: str) -> None
 def test_a_stuck_engine_looks_healthy(tmp_path: Path) -> None:
     with running(tmp_path, program=standin("vllm_server", HANG_AFTER_READY=0)) as server:
         wait_serving(server)
-        with contextlib.closing(server.connect(0.3)) as client, pytest.raises(TimeoutError):
+        with contextlib.closing(server.connect(0.3)) as client:
             client.request("POST", CHAT, b'{"messages": [{"role": "user", "content": "a"}]}', {"Content-Type": "application/json"})
-            client.getresponse()
+            with pytest.raises(TimeoutError):
+                client.getresponse()
         assert server.get("/health").status == server.get("/metrics").status == 200
 
 
