@@ -330,7 +330,7 @@ class Daemon:
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
         routes = [*gateway.routes(), *endpoints.routes(), borrow, logs, *by_hand_routes(self._wishes, gateway.find, self._decision)]
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
-        app = build_app(self, routes, gateway.find, door, accounts.close, shaped)
+        app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
         await runner.setup()

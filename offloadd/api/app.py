@@ -40,6 +40,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Shape = Callable[[str, RequestError], tuple[int, dict[str, Any]]]
 Ended = Callable[[web.Request, str, int | None, RequestError | None], None]
 """Told of every request once, at its end: its id, the status of its answer (None when its client left), and why it was refused."""
+Begun = Callable[[web.Request, RequestError], web.StreamResponse | None]
+"""Tells an error within an answer that has begun, where one has."""
 
 
 def _openai_shape(_: str, error: RequestError) -> tuple[int, dict[str, Any]]:
@@ -62,13 +64,14 @@ def build_app(
     door: Door,
     ended: Ended = lambda *_: None,
     shape: Shape = _openai_shape,
+    begun: Begun = lambda *_: None,
 ) -> web.Application:
     """The whole API: the control plane's own routes and those of the data plane.
 
     `find` resolves a model's name or alias; `ended` is told of every request; `shape` says a refusal as the clients of its path
-    expect it.
+    expect it, `begun` within an answer that has begun.
     """
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(door, ended, shape)])
+    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(door, ended, shape, begun)])
 
     async def finish(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(answer_headers(request, door))
@@ -196,8 +199,10 @@ def _show_backend(control: Control) -> Handler:
     return handler
 
 
-def _middleware(door: Door, ended: Ended, shape: Shape) -> Any:
-    def refuse(request: web.Request, error: RequestError) -> web.Response:
+def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
+    def refuse(request: web.Request, error: RequestError) -> web.StreamResponse:
+        if (told := begun(request, error)) is not None:
+            return told
         status, body = shape(request.path, error)
         return web.json_response(body, status=status, headers=error.headers)
 

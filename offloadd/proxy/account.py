@@ -38,6 +38,7 @@ class Account:
         "size_in",
         "streamed",
         "tap",
+        "turned_away",
     )
 
     def __init__(self, path: str, dialect: str, clock: Clock) -> None:
@@ -52,6 +53,8 @@ class Account:
         """Whether an engine had it."""
         self.broken = False
         """Whether the answer broke off."""
+        self.turned_away = False
+        """Whether it was refused within an answer that had begun while it waited."""
         self.streamed = False
         self.size_in = 0
         self.reason = ""
@@ -140,6 +143,8 @@ class Accounts:
 def _fate(account: Account, status: int | None) -> Fate:
     if status is None:
         return Fate.CANCELLED
+    if account.turned_away and not account.sent:
+        return Fate.REFUSED
     if account.broken or (status >= 500 and account.sent):
         return Fate.FAILED
     return Fate.ANSWERED if account.sent or status < 400 else Fate.REFUSED

@@ -13,14 +13,17 @@ from typing import Protocol
 import msgspec
 from aiohttp import web
 
-from offloadd.errors import RequestError, error_body
+from offloadd.errors import RequestError
 from offloadd.proxy import headers
 from offloadd.proxy.dialects.base import Change
-from offloadd.proxy.headers import Fields
+from offloadd.proxy.dialects.refusals import shaped
+from offloadd.proxy.headers import BrokenAnswerError, Fields
 
 MAX_EARLY = 64 * 1024
 """Bytes of further requests that are kept while an answer is under way."""
 EVENTS = b"text/event-stream"
+ANTHROPIC = "/v1/messages"
+"""Whose clients know an event by its name."""
 _JSON_TYPE = (b"Content-Type", b"application/json")
 
 
@@ -108,6 +111,8 @@ class Stream(asyncio.Protocol):
         self._source = source
         if self.status == 0:
             self._begin(status, fields, length)
+        elif self._change is None and not headers.field(fields, b"content-type").lower().startswith(EVENTS):
+            raise BrokenAnswerError("it is no stream of events, though one was asked for")
         if self._paused:
             source.pause()
 
@@ -154,17 +159,21 @@ class Stream(asyncio.Protocol):
         if self._change is not None:
             self._put(self._change.fail(error))
         elif self._events and self._chunked:
-            body = msgspec.json.encode(error_body(error.status, error.code, error.message))
-            self._put(b"\n\ndata: " + body + b"\n\n")
+            named = b"event: error\n" if self._request.path.startswith(ANTHROPIC) else b""
+            self._put(b"\n\n%bdata: %b\n\n" % (named, msgspec.json.encode(shaped(self._request.path, error)[1])))
         else:
             self.abort()
             return
         if self._chunked:
             self._write(b"0\r\n\r\n")
 
-    def open(self, media_type: str) -> None:
-        """Begin before there is an answer to pass on."""
-        self._begin(200, ((b"Content-Type", media_type.encode()), (b"Cache-Control", b"no-cache")), None)
+    def open(self) -> None:
+        """Begin a stream of events before there is an answer to pass on."""
+        self._begin(200, ((b"Content-Type", EVENTS), (b"Cache-Control", b"no-cache")), None)
+
+    def change_by(self, change: Change | None) -> None:
+        """From now on the dialect changes the body."""
+        self._change = change
 
     def comment(self, text: bytes) -> None:
         """Show that somebody is there, in words that no client reads."""

@@ -82,7 +82,9 @@ class Endpoints:
         routing.check_backend(spec, head.backend)
         fields = _with_messages(routing.read_object(raw))
         speech.check_spoken(spec, self._api_of, openai.CHAT, anthropic.MESSAGES)
-        async with self._gateway.leased(spec, backend=head.backend) as lease:
+        patient = request if head.stream else None
+        conversation = head.conversation(spec)
+        async with self._gateway.leased(spec, backend=head.backend, conversation=conversation, patient=patient) as lease:
             translation = self._messages_translation(spec, lease, fields)
             return await self._gateway.converse(request, lease, translation, stream=bool(head.stream))
 

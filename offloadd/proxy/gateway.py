@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,12 +22,15 @@ from offloadd.proxy.media import check_media
 from offloadd.proxy.upstream import Pool
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName
+from offloadd.units import Seconds
 
 SMALL = 64 * 1024
 """A body up to this size is read before it is passed on."""
 FORWARDED = (openai.CHAT, openai.COMPLETIONS, "/v1/embeddings")
 """POST paths that go to the model named in the body, as they are."""
 
+EARLY: web.RequestKey[Stream] = web.RequestKey("early", Stream)
+"""The answer to a request that has begun while it waits for an instance."""
 _NONE: Mapping[str, str] = {}
 
 
@@ -92,8 +95,10 @@ class Gateway:
         spec = self.find(head.model)
         routing.check_backend(spec, head.backend)
         body = routing.apply_rules(spec.request, raw)
-        async with self._leased(spec, backend=head.backend, conversation=head.conversation(spec)) as held:
-            if (head if body is raw else routing.read_head(body)).stream:
+        stream = (head if body is raw else routing.read_head(body)).stream
+        patient = request if stream else None
+        async with self._leased(spec, backend=head.backend, conversation=head.conversation(spec), patient=patient) as held:
+            if stream:
                 return await self._stream(request, held.lease, self._call(request, held.lease, request.path, body))
             return await self._whole(request, held, request.path, body)
 
@@ -104,7 +109,9 @@ class Gateway:
         spec = self.find(head.model)
         routing.check_backend(spec, head.backend)
         path, wanted = plain.translate(routing.read_object(routing.apply_rules(spec.request, raw)))
-        async with self.leased(spec, backend=head.backend) as lease:
+        async with self.leased(
+            spec, backend=head.backend, conversation=head.conversation(spec), patient=request if head.stream else None
+        ) as lease:
             origin = {"model": spec.name, "backend": lease.host.backend, "instance": str(lease.host.instance)}
             translation = Translation(
                 path=path,
@@ -131,10 +138,39 @@ class Gateway:
         return sse.decode((await self._read(lease, call)).body)
 
     @asynccontextmanager
-    async def leased(self, spec: ModelSpec, *, backend: str | None = None) -> AsyncIterator[Lease]:
-        """An instance of the model, held until the block ends."""
-        async with self._leased(spec, backend=backend) as held:
+    async def leased(
+        self,
+        spec: ModelSpec,
+        *,
+        backend: str | None = None,
+        conversation: int | None = None,
+        patient: web.Request | None = None,
+    ) -> AsyncIterator[Lease]:
+        """An instance of the model, held until the block ends.
+
+        `patient` is a request whose client wants server-sent events: while it waits, it is shown that it is not forgotten.
+        """
+        async with self._leased(spec, backend=backend, conversation=conversation, patient=patient) as held:
             yield held.lease
+
+    def tell_begun(self, request: web.Request, error: RequestError) -> web.StreamResponse | None:
+        """Tell an error within an answer that has begun while its request still waited; None when it has not."""
+        stream: Stream | None = request.get(EARLY)
+        if stream is None:
+            return None
+        self._accounts.open(request).turned_away = True
+        stream.fail(error)
+        return stream.release()
+
+    def _comfort(self, request: web.Request) -> Callable[[Seconds], Awaitable[None]]:
+        async def show(waited: Seconds) -> None:
+            stream: Stream | None = request.get(EARLY)
+            if stream is None:
+                stream = request[EARLY] = Stream(request, lambda: headers.lines(self._bears(request).items()))
+                stream.open()
+            stream.comment(b"waiting for %.0f s" % waited)
+
+        return show
 
     async def by_path(self, request: web.Request) -> web.StreamResponse:
         """`/upstream/{model}/{path}`: anything else that one model's server offers, WebSockets included."""
@@ -167,7 +203,11 @@ class Gateway:
         change: Change | None = None,
         more: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
-        stream = Stream(request, lambda: self._named(request, lease, more or {}), change)
+        stream: Stream | None = request.get(EARLY)
+        if stream is None:
+            stream = Stream(request, lambda: self._named(request, lease, more or {}), change)
+        else:
+            stream.change_by(change)
         try:
             await relay.Passing(self._pool, self._book, lease, call, stream).run()
         except RequestError as error:
@@ -237,9 +277,19 @@ class Gateway:
         return relay.Call(method=request.method, path=path, fields=fields, own=own, account=account, body=body)
 
     def _leased(
-        self, spec: ModelSpec, lease: Lease | None = None, *, backend: str | None = None, conversation: int | None = None
+        self,
+        spec: ModelSpec,
+        lease: Lease | None = None,
+        *,
+        backend: str | None = None,
+        conversation: int | None = None,
+        patient: web.Request | None = None,
     ) -> _Holding:
-        return _Holding(self._book, spec, lease, backend, conversation)
+        async def acquire() -> Lease:
+            comfort = None if patient is None else self._comfort(patient)
+            return lease or await self._book.acquire(spec, while_waiting=comfort, conversation=conversation)
+
+        return _Holding(self._book, acquire, backend)
 
     def _named(self, request: web.Request, lease: Lease, more: Mapping[str, str] = _NONE) -> bytes:
         """Header lines of ours: whose answer it is, and to what."""
@@ -259,20 +309,16 @@ class _Held:
 class _Holding:
     """Holds an instance while a block runs, and longer when the block says so."""
 
-    __slots__ = ("_backend", "_book", "_conversation", "_held", "_lease", "_spec")
+    __slots__ = ("_acquire", "_backend", "_book", "_held")
 
-    def __init__(
-        self, book: LeaseBook, spec: ModelSpec, lease: Lease | None, backend: str | None, conversation: int | None
-    ) -> None:
-        self._conversation = conversation
+    def __init__(self, book: LeaseBook, acquire: Callable[[], Awaitable[Lease]], backend: str | None) -> None:
         self._book = book
-        self._spec = spec
-        self._lease = lease
+        self._acquire = acquire
         self._backend = backend
         self._held: _Held | None = None
 
     async def __aenter__(self) -> _Held:
-        lease = self._lease or await self._book.acquire(self._spec, conversation=self._conversation)
+        lease = await self._acquire()
         try:
             routing.check_granted(lease.host.backend, self._backend)
         except RequestError:

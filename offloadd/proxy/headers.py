@@ -56,8 +56,8 @@ _NOT_IN_TRAILERS = _NOT_TO_CLIENTS | {
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
-class UnfitHeaderError(Exception):
-    """A head that must not be passed on."""
+class BrokenAnswerError(Exception):
+    """What a backend sent is not an HTTP answer, or not one that may be passed on."""
 
 
 def request_head(method: str, target: str, authority: str, fields: Fields, own: bytes) -> bytes:
@@ -108,7 +108,7 @@ def _kept(fields: Fields, dropped: frozenset[bytes]) -> bytes:
                 return _kept([pair for pair in fields if pair[0].lower() != b"connection"], dropped | _named(fields))
             continue
         if b"\n" in value or b"\r" in value or b"\0" in value:
-            raise UnfitHeaderError(f"the header {name[:64]!r} holds a line break")
+            raise BrokenAnswerError(f"the header {name[:64]!r} holds a line break")
         kept.append(b"%b: %b\r\n" % (name, value))
     return b"".join(kept)
 

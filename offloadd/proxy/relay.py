@@ -23,6 +23,8 @@ MAX_BUFFERED = 64 * 2**20
 """An answer that is not a stream is held whole up to this size, so that a backend's death gives a clean error."""
 _ELSEWHERE = frozenset({"backend_lost", "backend_busy"})
 """What another instance may do better."""
+_AILING = _ELSEWHERE | {"bad_answer"}
+"""What speaks against an instance. An engine's own 500 may be a request's fault."""
 LAST_BYTES = Seconds(0.2)
 """After a backend has ended, what it sent before is still in the socket: so long we go on reading."""
 
@@ -109,7 +111,7 @@ class Exchange:
             try:
                 await self._once()
             except RequestError as error:
-                if error.status >= 500:
+                if error.code in _AILING:
                     self._book.memory.ill(self._lease.host.instance)
                 if not self._may_move(error) or not self._book.move(self._lease, error.message):
                     raise
@@ -131,7 +133,7 @@ class Exchange:
             await self._attempt()
         except (OSError, TimeoutError) as error:
             raise BackendLostError(self._lease, await _reason(self._lease, error)) from None
-        except (sse.BrokenStreamError, upstream.BrokenAnswerError, headers.UnfitHeaderError) as error:
+        except (sse.BrokenStreamError, headers.BrokenAnswerError) as error:
             message = f"{self._lease.host.instance} sent what cannot be understood: {error}"
             raise RequestError(502, "bad_answer", message) from None
         finally:
@@ -220,7 +222,7 @@ class Exchange:
             return
         try:
             if head.status == 101 and not self._call.upgrade:
-                raise upstream.BrokenAnswerError("it changes the protocol, which nobody asked for")
+                raise headers.BrokenAnswerError("it changes the protocol, which nobody asked for")
             self._begun = True
             self._begin(head)
         except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)

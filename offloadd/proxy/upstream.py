@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 import httptools
 
-from offloadd.proxy.headers import Fields
+from offloadd.proxy.headers import BrokenAnswerError, Fields
 from offloadd.state.launch import Endpoint
 
 CONNECT_TIMEOUT = 5.0
@@ -31,10 +31,6 @@ MAX_FIELDS = 256
 SIGN_EVERY = 1.0
 """How often instances that have sent bytes are said to be alive."""
 _CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
-
-
-class BrokenAnswerError(Exception):
-    """What a backend sent is not an HTTP answer."""
 
 
 class StaleError(ConnectionError):

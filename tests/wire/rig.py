@@ -16,6 +16,7 @@ from offloadd.api.app import Door, answer_headers, build_app, request_id
 from offloadd.api.limits import KeyMeter
 from offloadd.clock import SystemClock
 from offloadd.proxy.account import Accounts
+from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.leases import Host, LeaseBook
 from offloadd.proxy.upstream import Pool
@@ -248,7 +249,7 @@ async def rigged(
         accounts=accounts,
         may_use=lambda _: True,
     )
-    app = build_app(None, gateway.routes(), gateway.find, door, accounts.close)  # type: ignore[arg-type]
+    app = build_app(None, gateway.routes(), gateway.find, door, accounts.close, shaped, gateway.tell_begun)  # type: ignore[arg-type]
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     listener = socket.create_server((HOST, 0), backlog=1024)
