@@ -49,6 +49,7 @@ from offloadd.proxy.endpoints import Endpoints
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.keeping import KeepBook
 from offloadd.proxy.leases import Host, LeaseBook
+from offloadd.proxy.tgi_endpoints import TgiEndpoints
 from offloadd.proxy.upstream import Pool
 from offloadd.registry.content import content_of_model
 from offloadd.registry.lives import LifeBook
@@ -320,6 +321,7 @@ class Daemon:
             request_id=request_id,
             bears=lambda request: answer_headers(request, door),
             accounts=accounts,
+            api_of=self._api,
             may_use=lambda spec: caller().may_use(spec.name, spec.aliases),
         )
         server = self._store.applied.desired.server
@@ -328,7 +330,9 @@ class Daemon:
             gateway, accounts=accounts, api_of=self._api, look=lambda: as_seen(self.look()), keep=self._keep_loaded
         )
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
-        routes = [*gateway.routes(), *endpoints.routes(), borrow, logs, *by_hand_routes(self._wishes, gateway.find, self._decision)]
+        tgi = TgiEndpoints(gateway, accounts=accounts, api_of=self._api)
+        by_hand = by_hand_routes(self._wishes, gateway.find, self._decision)
+        routes = [*gateway.routes(), *endpoints.routes(), *tgi.routes(), borrow, logs, *by_hand]
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.

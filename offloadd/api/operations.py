@@ -111,11 +111,29 @@ _CONTROL = (
         gives={LINES: None},
     ),
 )
+_OF_SOME = (
+    "rerank",
+    "audio/speech",
+    "audio/transcriptions",
+    "audio/translations",
+    "images/generations",
+    "images/edits",
+    "images/variations",
+)
+
+
+def _tgi(path: str) -> tuple[str, str]:
+    return path, "/tgi/{model}" + path
+
+
 _INFERENCE = (
     _infer("/inference", "A prompt or messages in, text out.", shapes.PLAIN, "inference"),
     _infer("/v1/chat/completions", "OpenAI's chat completions.", shapes.CHAT, "openai"),
     _infer("/v1/completions", "OpenAI's completions.", shapes.COMPLETION, "openai"),
     _infer("/v1/embeddings", "OpenAI's embeddings.", shapes.EMBEDDING, "openai", gives={JSON: shapes.OBJECT}),
+    _infer("/v1/responses", "OpenAI's responses, of engines that have them.", shapes.NAMED, "openai"),
+    _infer("/v1/responses/input_tokens", "How long a response's input is.", shapes.NAMED, "openai", gives={JSON: shapes.OBJECT}),
+    *(_infer(f"/v1/{path}", f"OpenAI's {path}, of engines that have it.", shapes.NAMED, "openai") for path in _OF_SOME),
     _infer("/v1/messages", "Anthropic's messages.", shapes.MESSAGES, "anthropic"),
     _infer("/v1/messages/count_tokens", "Anthropic's token count.", shapes.MESSAGES, "anthropic", gives={JSON: shapes.OBJECT}),
     _infer("/api/chat", "Ollama's chat.", shapes.OLLAMA_CHAT, "ollama", gives={LINES: None, JSON: shapes.OBJECT}),
@@ -123,6 +141,10 @@ _INFERENCE = (
     _infer("/api/embed", "Ollama's embed.", shapes.OLLAMA_EMBED, "ollama", gives={JSON: shapes.OBJECT}),
     _infer("/api/embeddings", "Ollama's older embeddings.", shapes.OLLAMA_EMBEDDING, "ollama", gives={JSON: shapes.OBJECT}),
     _infer("/api/show", "Ollama's description of a model.", shapes.NAMED, "ollama", gives={JSON: shapes.OBJECT}),
+    *(_infer(path, "TGI's generate, whole or as a stream.", shapes.TGI, "tgi") for path in ("/", "/tgi/{model}")),
+    *(_infer(path, "TGI's generate.", shapes.TGI, "tgi", gives={JSON: shapes.OBJECT}) for path in _tgi("/generate")),
+    *(_infer(path, "TGI's stream of tokens.", shapes.TGI, "tgi", gives={EVENTS: None}) for path in _tgi("/generate_stream")),
+    *(_look(path, "A model's limits, in TGI's words.", shapes.OBJECT, Scope.INFERENCE) for path in _tgi("/info")),
     _look("/v1/models", "OpenAI's list of models.", shapes.OPENAI_MODELS, Scope.INFERENCE),
     _look("/v1/models/{name}", "One entry of it.", shapes.OPENAI_MODEL, Scope.INFERENCE),
     _look("/api/tags", "Ollama's list of models.", shapes.OBJECT, Scope.INFERENCE),

@@ -15,7 +15,7 @@ from offloadd import __version__
 from offloadd.errors import RequestError
 from offloadd.proxy import routing, speech
 from offloadd.proxy.account import Accounts
-from offloadd.proxy.dialects import anthropic, anthropic_answers, ollama, ollama_answers, ollama_shelf, openai, turns
+from offloadd.proxy.dialects import anthropic, anthropic_answers, ollama, ollama_answers, ollama_shelf, openai, responses, turns
 from offloadd.proxy.dialects.base import Translation
 from offloadd.proxy.dialects.ollama_answers import Times
 from offloadd.proxy.gateway import Gateway
@@ -54,9 +54,12 @@ class Endpoints:
 
     def routes(self) -> list[web.RouteDef]:
         """Anthropic's and Ollama's paths."""
+        self._accounts.know("openai", responses.RESPONSES)
         self._accounts.know("anthropic", anthropic.MESSAGES, anthropic.COUNT_TOKENS)
         self._accounts.know("ollama", "/api/chat", "/api/generate", "/api/embed", "/api/embeddings")
         return [
+            web.post(responses.RESPONSES, self.responses),
+            web.route("*", "/v1/responses/{path:.+}", _no_store),
             web.post(anthropic.MESSAGES, self.messages),
             web.post(anthropic.COUNT_TOKENS, self.count_tokens),
             web.post("/api/chat", self.ollama_chat),
@@ -71,6 +74,29 @@ class Endpoints:
             web.delete("/api/delete", _not_ours),
             web.get("/", self.greeting),
         ]
+
+    # --- OpenAI's responses ---
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/responses`, of engines that have it."""
+        raw = await request.read()
+        head = routing.read_head(raw)
+        spec = self._gateway.find(head.model)
+        routing.check_backend(spec, head.backend)
+        fields = routing.read_object(raw)
+        speech.check_spoken(spec, self._api_of, responses.RESPONSES)
+        async with self._gateway.leased(spec, backend=head.backend) as lease:
+
+            def turn() -> turns.Turn:
+                return responses.ResponsesTurn(spec.name, fields)
+
+            translation = Translation(
+                path=speech.speaks(spec, lease.host.api, responses.RESPONSES),
+                body=_ruled({**_addressed(fields, spec, lease), "stream": True}, spec),
+                change=lambda: turns.TurnStream(turn(), turns.as_named_events, "text/event-stream"),
+                gather=lambda: turns.TurnGathering(turn(), responses.ResponseMerge()),
+            )
+            return await self._gateway.converse(request, lease, translation, stream=bool(head.stream))
 
     # --- Anthropic ---
 
@@ -209,6 +235,12 @@ class Endpoints:
             if not name.endswith(":latest"):
                 raise
         return self._gateway.find(name.removesuffix(":latest"))
+
+
+async def _no_store(_: web.Request) -> web.StreamResponse:
+    """What is kept of responses, OpenAI keeps; engines here keep nothing."""
+    message = "no responses are stored here: send the whole conversation each time, with store: false"
+    raise RequestError(400, "unsupported_capability", message)
 
 
 async def _not_ours(request: web.Request) -> web.StreamResponse:

@@ -12,9 +12,10 @@ import msgspec
 from aiohttp import web
 
 from offloadd.errors import RequestError
-from offloadd.proxy import headers, relay, routing
+from offloadd.proxy import bodies, headers, relay, routing, speech
 from offloadd.proxy.account import Accounts
-from offloadd.proxy.dialects import openai, plain, sse
+from offloadd.proxy.bodies import Body
+from offloadd.proxy.dialects import openai, openai_streams, plain, sse
 from offloadd.proxy.dialects.base import Change, Translation
 from offloadd.proxy.downstream import Stream, Whole, json_answer
 from offloadd.proxy.leases import Lease, LeaseBook
@@ -26,7 +27,7 @@ from offloadd.units import Seconds
 
 SMALL = 64 * 1024
 """A body up to this size is read before it is passed on."""
-FORWARDED = (openai.CHAT, openai.COMPLETIONS, "/v1/embeddings")
+FORWARDED = (openai.CHAT, openai.COMPLETIONS, *openai.OTHERS)
 """POST paths that go to the model named in the body, as they are."""
 
 EARLY: web.RequestKey[Stream] = web.RequestKey("early", Stream)
@@ -48,8 +49,11 @@ class Gateway:
         bears: Callable[[web.Request], Mapping[str, str]],
         accounts: Accounts,
         may_use: Callable[[ModelSpec], bool],
+        api_of: speech.ApiOf,
     ) -> None:
-        """`bears` are headers that every answer to a request has; `may_use` says whether its caller is allowed a model."""
+        """`bears` are headers that every answer to a request has; `may_use` says whether its caller is allowed a model;
+        `api_of` what an engine speaks for one.
+        """
         self._book = book
         self._desired = desired
         self._pool = pool
@@ -58,6 +62,7 @@ class Gateway:
         self._bears = bears
         self._accounts = accounts
         self._may_use = may_use
+        self._api_of = api_of
         self._names: tuple[DesiredState, routing.Names] | None = None
         self._lingering: set[asyncio.Task[None]] = set()
 
@@ -90,17 +95,19 @@ class Gateway:
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/…`: the body goes on as it is, save for the model's `request` rules."""
-        raw = await request.read()
-        head = routing.read_head(raw)
+        posted = Body.read(await request.read(), request.headers.get("Content-Type", ""))
+        head = posted.head
         spec = self.find(head.model)
-        routing.check_backend(spec, head.backend)
-        body = routing.apply_rules(spec.request, raw)
-        stream = (head if body is raw else routing.read_head(body)).stream
-        patient = request if stream else None
+        bodies.check(spec, self._api_of, posted, request.path)
+        posted = posted.ruled(spec)
+        patient = request if posted.head.stream and posted.form is None else None
         async with self._leased(spec, backend=head.backend, conversation=head.conversation(spec), patient=patient) as held:
-            if stream:
-                return await self._stream(request, held.lease, self._call(request, held.lease, request.path, body))
-            return await self._whole(request, held, request.path, body)
+            lease, as_json = held.lease, posted.form is None
+            path = speech.speaks(spec, lease.host.api, request.path)
+            body = posted.for_engine(lease.host.api)
+            if as_json and not posted.head.stream and (fields := self._collectable(lease, path, body)):
+                return await self._collected(request, lease, path, fields)
+            return await self._answer(request, held, self._call(request, lease, path, body, as_json=as_json), posted.head)
 
     async def inference(self, request: web.Request) -> web.StreamResponse:
         """`POST /inference`: the plain shape, streaming or not."""
@@ -131,6 +138,16 @@ class Gateway:
         await collecting.run()
         body = msgspec.json.encode(translation.whole(collecting.gathered()))
         return json_answer(request, self._named(request, lease, translation.headers), body)
+
+    async def pass_on(
+        self, request: web.Request, lease: Lease, path: str, body: bytes, change: Change | None
+    ) -> web.StreamResponse:
+        """A request for an engine that speaks the client's dialect: a stream where there is a change for it, else whole."""
+        call = self._call(request, lease, path, body, as_json=True)
+        if change is not None:
+            return await self._stream(request, lease, call, change)
+        answer = await self._read(lease, call)
+        return Whole(request, answer.status, answer.fields, self._named(request, lease), answer.body)
 
     async def ask(self, request: web.Request, lease: Lease, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A small question that an engine answers at once; RequestError when it refuses."""
@@ -221,20 +238,32 @@ class Gateway:
             raise
         return stream.release()
 
-    async def _whole(self, request: web.Request, held: _Held, path: str, body: bytes) -> web.StreamResponse:
-        """An answer that is not a stream. See `dialects/openai.py` for why it may be fetched as one."""
-        lease = held.lease
+    async def _answer(self, request: web.Request, held: _Held, call: relay.Call, head: routing.Head) -> web.StreamResponse:
+        """The engine's own answer, as a stream or whole, put right where the engine needs it."""
+        lease, model = held.lease, held.lease.host.instance.model
+        api, number = lease.host.api, f"chatcmpl-{self._request_id(request)}"
+        if head.stream:
+            return await self._stream(request, lease, call, openai_streams.repair(call.path, api, head.n, model, number))
+        only_streams = self._cancels_only_streams(lease.host.backend)
+        answer = await (self._to_the_end(held, call) if only_streams else self._read(lease, call))
+        body = answer.body
+        if not api.exact and b"json" in headers.field(answer.fields, b"content-type").lower():
+            body = msgspec.json.encode(openai_streams.put_right(call.path, sse.decode(body), model, number))
+        return Whole(request, answer.status, answer.fields, self._named(request, lease), body)
+
+    def _collectable(self, lease: Lease, path: str, body: bytes) -> dict[str, Any] | None:
+        """The request's fields, where its plain answer has to be fetched as a stream and can be. See `dialects/openai.py`."""
         if not self._cancels_only_streams(lease.host.backend):
-            answer = await self._read(lease, self._call(request, lease, path, body))
-            return Whole(request, answer.status, answer.fields, self._named(request, lease), answer.body)
-        fields = routing.read_object(body)
-        if openai.can_collect(path, fields):
-            call = self._call(request, lease, path, msgspec.json.encode(openai.as_stream(fields)))
-            collecting = relay.Collecting(self._pool, self._book, lease, call, openai.Collector(path))
-            await collecting.run()
-            return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.gathered()))
-        answer = await self._to_the_end(held, self._call(request, lease, path, body))
-        return Whole(request, answer.status, answer.fields, self._named(request, lease), answer.body)
+            return None
+        fields: dict[str, Any] = routing.read_object(body)
+        return fields if openai.can_collect(path, fields) else None
+
+    async def _collected(self, request: web.Request, lease: Lease, path: str, fields: dict[str, Any]) -> web.StreamResponse:
+        """A plain answer put together from a stream."""
+        call = self._call(request, lease, path, msgspec.json.encode(openai.as_stream(fields)), as_json=True)
+        collecting = relay.Collecting(self._pool, self._book, lease, call, openai.Collector(path, fields.get("n") or 1))
+        await collecting.run()
+        return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.gathered()))
 
     async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
         reading = relay.Reading(self._pool, self._book, lease, call)

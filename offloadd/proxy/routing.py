@@ -27,6 +27,8 @@ class Head(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
     backend: str | None = None
+    n: int | None = None
+    """How many answers are wanted at once."""
     messages: msgspec.Raw = msgspec.Raw()
     prompt: msgspec.Raw = msgspec.Raw()
     prompt_cache_key: msgspec.Raw = msgspec.Raw()

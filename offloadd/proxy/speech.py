@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import msgspec
-
 from offloadd.errors import RequestError
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName
@@ -57,12 +55,3 @@ def cannot(spec: ModelSpec, apis: list[EngineApi], path: str) -> RequestError:
 def name_for(spec: ModelSpec, api: EngineApi) -> str:
     """The name under which this engine knows the model."""
     return api.model or spec.name
-
-
-def readdressed(body: bytes, asked: str | None, api: EngineApi) -> bytes:
-    """The body with the name that the engine checks, where it checks one and was asked by another; else the same bytes."""
-    if not api.model or asked == api.model:
-        return body
-    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    fields.pop("backend", None)
-    return msgspec.json.encode({**fields, "model": api.model})

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.conformance.servers import HOST, until
@@ -181,3 +186,188 @@ class TestOllama:
         next(stream)
         stream.close()
         idle(daemon)
+
+    def test_keep_alive_unloads_and_empty_requests_load(self, real: Real, tmp_path: Path) -> None:
+        ollama = pytest.importorskip("ollama", reason="pip install .[clients]")
+        models = {"a": real.model(run="on-demand", idle_timeout="10m")}
+        with (
+            running(tmp_path, models, llamacpp=real.llamacpp) as alone,
+            ollama.Client(host=f"http://{HOST}:{alone.port}") as client,
+        ):
+            assert client.generate("a", keep_alive="30m").done_reason == "load"
+            alone.wait_for("a")
+            (loaded,) = client.ps().models
+            assert loaded.expires_at.timestamp() - time.time() > 20 * 60
+            assert client.chat("a", [], keep_alive=0).done_reason == "unload"
+            alone.wait_for("a", "off")
+            assert client.ps().models == []
+            client.generate("a", "hi", keep_alive=0, options={"num_predict": 4})
+            alone.wait_for("a", "off")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its client is from the days of another pydantic
+class TestTgi:
+    @pytest.fixture
+    def client(self, url: str) -> Any:
+        tgi = pytest.importorskip("text_generation", reason="pip install .[clients]")
+        return tgi.Client(f"{url}/tgi/smollm2", timeout=60)
+
+    def test_generating(self, client: Any) -> None:
+        answer = client.generate("The capital of France is", max_new_tokens=5)
+        assert "Paris" in answer.generated_text
+        assert answer.details.generated_tokens == 5
+        assert answer.details.finish_reason == "length"
+        assert "".join(token.text for token in answer.details.tokens) == answer.generated_text
+        assert all(token.id > 0 and token.logprob <= 0 for token in answer.details.tokens)
+
+    def test_a_stream_says_the_same(self, client: Any) -> None:
+        whole = client.generate("The capital of France is", max_new_tokens=5, return_full_text=True)
+        events = list(client.generate_stream("The capital of France is", max_new_tokens=5))
+        text = "".join(event.token.text for event in events if not event.token.special)
+        assert events[-1].generated_text == text
+        assert whole.generated_text == "The capital of France is" + text
+
+    def test_errors_have_their_types(self, client: Any, url: str) -> None:
+        import text_generation
+        from text_generation.errors import NotFoundError, ValidationError
+
+        with pytest.raises(ValidationError, match="watermarking"):
+            client.generate("x", watermark=True)
+        with pytest.raises(ValidationError, match="context"):
+            client.generate("x " * 3000)
+        with pytest.raises(NotFoundError, match="did you mean"):
+            text_generation.Client(f"{url}/tgi/smollm").generate("x")
+
+    def test_hugging_face_s_own_client(self, url: str, daemon: Daemon) -> None:
+        hub = pytest.importorskip("huggingface_hub", reason="pip install .[clients]")
+        with_path = hub.InferenceClient(f"{url}/tgi/smollm2")
+        text = with_path.text_generation("The capital of France is", max_new_tokens=5)
+        assert "Paris" in text
+        assert "".join(with_path.text_generation("The capital of France is", max_new_tokens=5, stream=True)) == text
+        details = with_path.text_generation("The capital of France is", max_new_tokens=5, details=True)
+        assert details.details.generated_tokens == 5
+        chat = hub.InferenceClient(base_url=f"{url}/v1", api_key="unused")
+        answer = chat.chat_completion(GRAVITY, model="smollm2", max_tokens=8, temperature=0)
+        assert answer.choices[0].message.content
+        stream = chat.chat_completion(GRAVITY, model="smollm2", max_tokens=8, temperature=0, stream=True)
+        pieces = [choice.delta.content or "" for event in stream for choice in event.choices]
+        assert "".join(pieces) == answer.choices[0].message.content
+        with pytest.raises(hub.errors.HfHubHTTPError, match="did you mean"):
+            chat.chat_completion(GRAVITY, model="smollm")
+        idle(daemon)
+
+
+class TestOpenAi:
+    """What tests/e2e/test_openai_client.py does not have: responses, several choices, tools, leaving."""
+
+    @pytest.fixture
+    def client(self, url: str) -> Iterator[openai.OpenAI]:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+            yield client
+
+    def test_responses(self, client: openai.OpenAI) -> None:
+        answer = client.responses.create(model="gpt-4o-mini", input="What is gravity?", max_output_tokens=12, temperature=0)
+        assert answer.output_text
+        assert (answer.status, answer.model) == ("incomplete", "smollm2")
+        with client.responses.stream(model="smollm2", input="What is gravity?", max_output_tokens=12, temperature=0) as stream:
+            events = list(stream)
+        assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == answer.output_text
+        assert events[-1].type == "response.incomplete"
+        assert events[-1].response.output_text == answer.output_text
+        with pytest.raises(openai.BadRequestError, match="no responses are stored"):
+            client.responses.retrieve("resp_1")
+
+    def test_two_choices_are_counted(self, client: openai.OpenAI) -> None:
+        answer = client.chat.completions.create(model="smollm2", messages=GRAVITY, n=2, max_tokens=4)
+        assert len(answer.choices) == 2
+        assert answer.usage
+        assert answer.usage.completion_tokens == 8
+        options: Any = {"include_usage": True}
+        chunks = list(
+            client.chat.completions.create(
+                model="smollm2", messages=GRAVITY, n=2, max_tokens=4, stream=True, stream_options=options
+            )
+        )
+        assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [8]
+        assert chunks[-1].usage
+
+    def test_tools(self, client: openai.OpenAI) -> None:
+        tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": CITY}}]
+        answer = client.chat.completions.create(model="smollm2", messages=PARIS, tools=tools, max_tokens=16)
+        assert answer.choices[0].message
+
+    def test_what_it_cannot_do_is_named(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match=r"llamacpp\.reranking: true") as caught:
+            client.post("/rerank", body={"model": "smollm2", "query": "x", "documents": ["y"]}, cast_to=object)
+        assert caught.value.code == "unsupported_capability"
+        with pytest.raises(openai.BadRequestError, match="does not offer speech"):
+            client.audio.speech.create(model="smollm2", voice="alloy", input="x")
+        with pytest.raises(openai.BadRequestError, match="transcription"):
+            client.audio.transcriptions.create(model="gpt-4o-mini", file=("a.wav", b"RIFF" * 1000))
+
+    def test_leaving_ends_the_work(self, client: openai.OpenAI, daemon: Daemon) -> None:
+        stream = client.chat.completions.create(model="smollm2", messages=GRAVITY, max_tokens=1000, stream=True)
+        next(iter(stream))
+        stream.close()
+        idle(daemon)
+
+    @pytest.mark.filterwarnings("ignore")  # it brings many of its own
+    def test_litellm_as_client(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask the network for prices
+        litellm = pytest.importorskip("litellm", reason="pip install .[clients]")
+        given = {"api_base": f"{url}/v1", "api_key": "unused", "max_tokens": 12, "temperature": 0, "messages": GRAVITY}
+        whole = litellm.completion("openai/smollm2", **given)
+        pieces = litellm.completion("openai/smollm2", **given, stream=True)
+        text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+        assert text == whole.choices[0].message.content
+        through_anthropic = litellm.completion("anthropic/smollm2", **{**given, "api_base": url})
+        assert through_anthropic.choices[0].message.content
+        through_ollama = litellm.completion("ollama_chat/smollm2", **{**given, "api_base": url})
+        assert through_ollama.choices[0].message.content
+        with pytest.raises(litellm.NotFoundError, match="did you mean"):
+            litellm.completion("openai/smollm", **given)
+        with pytest.raises(litellm.ContextWindowExceededError):
+            litellm.completion("openai/smollm2", **{**given, "messages": [{"role": "user", "content": "x " * 3000}]})
+
+
+_SCRIPT = """
+import OpenAI from "openai";
+const client = new OpenAI({baseURL: process.argv[2] + "/v1", apiKey: "unused", maxRetries: 0});
+const messages = [{role: "user", content: "What is gravity?"}];
+const asked = {model: "smollm2", messages, max_tokens: 12, temperature: 0};
+const out = {};
+out.models = [];
+for await (const model of client.models.list()) out.models.push(model.id);
+out.text = (await client.chat.completions.create(asked)).choices[0].message.content;
+out.streamed = "";
+for await (const chunk of await client.chat.completions.create({...asked, stream: true}))
+  out.streamed += chunk.choices[0]?.delta?.content ?? "";
+const tools = [{type: "function", function: {name: "weather", parameters: {type: "object", properties: {city: {type: "string"}}}}}];
+out.tools = (await client.chat.completions.create({...asked, tools})).choices.length;
+try { await client.chat.completions.create({...asked, model: "smollm"}); } catch (error) { out.error = [error.status, error.code]; }
+const left = await client.chat.completions.create({...asked, max_tokens: 1000, stream: true});
+for await (const chunk of left) { left.controller.abort(); break; }
+console.log(JSON.stringify(out));
+"""
+
+
+def test_openais_javascript_client(url: str, daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> None:
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("node and npm are not at hand")
+    folder = tmp_path_factory.mktemp("node")
+    (folder / "package.json").write_text('{"type": "module", "dependencies": {"openai": ">=5"}}')
+    (folder / "ask.mjs").write_text(_SCRIPT)
+    installed = subprocess.run(
+        [npm, "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, capture_output=True, timeout=100
+    )
+    if installed.returncode:
+        pytest.skip(f"npm cannot install openai: {installed.stderr.decode(errors='replace')[-300:]}")
+    ran = subprocess.run([node, "ask.mjs", url], cwd=folder, capture_output=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr.decode(errors="replace")
+    out = json.loads(ran.stdout)
+    assert out["models"] == ["smollm2", "off"]
+    assert out["streamed"] == out["text"] != ""
+    assert out["tools"] == 1
+    assert out["error"] == [404, "model_not_found"]
+    idle(daemon)

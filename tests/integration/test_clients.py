@@ -79,7 +79,7 @@ def test_leaving_an_answer_that_is_no_stream_ends_the_work_too(shared: Daemon) -
 
 
 def test_work_that_cannot_be_cancelled_keeps_its_lease(shared: Daemon) -> None:
-    connection = shared.begin(CHAT, chat("both", 20, n=2))
+    connection = shared.begin(CHAT, chat("both", 20, timings_per_token=True))
     until(lambda: shared.load("both") == 1, "it runs")
     connection.close()
     until(lambda: shared.load("both") == 0, "the lease is back")

@@ -61,7 +61,7 @@ class Translation:
     """For a client that wants a stream."""
     gather: Callable[[], Gathering]
     """For one that does not."""
-    whole: Callable[[Object], Object] = lambda answer: answer
+    whole: Callable[[Object], Object | list[Object]] = lambda answer: answer
     """The gathered answer in the client's words."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """To be added to the answer's."""

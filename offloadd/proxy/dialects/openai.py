@@ -7,20 +7,28 @@ one, and its chunks are put together here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 Object = dict[str, Any]
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations")
+"""Paths whose bodies may be forms, because files come with them."""
+OTHERS = ("/v1/embeddings", "/v1/rerank", "/v1/responses/input_tokens", "/v1/audio/speech", "/v1/images/generations", *FORMS)
 _PER_TOKEN = ("timings_per_token", "return_progress", "echo", "verbose")
 _OBJECTS = {CHAT: "chat.completion", COMPLETIONS: "text_completion"}
+_MAX_CHOICES = 128
 
 
 def can_collect(path: str, body: Mapping[str, Any]) -> bool:
     """Whether the plain answer can be rebuilt exactly from a stream of this request."""
-    if path not in _OBJECTS or body.get("n") not in (None, 1) or any(body.get(name) for name in _PER_TOKEN):
+    count = body.get("n")
+    if path not in _OBJECTS or any(body.get(name) for name in _PER_TOKEN):
         return False
+    if count is not None and not (isinstance(count, int) and 1 <= count <= _MAX_CHOICES):
+        return False  # the engine is to say what is wrong with it
     return path == CHAT or isinstance(body.get("prompt"), str)
 
 
@@ -32,24 +40,19 @@ def as_stream(body: Mapping[str, Any]) -> Object:
 class Collector:
     """Puts the chunks of one stream together."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, choices: int = 1) -> None:
         self._chat = path == CHAT
         self._kind = _OBJECTS[path]
         self._head: Object = {}
-        self._choice: Object = {"index": 0, "finish_reason": None}
-        self._text: list[str] = []
-        self._message: Object = {"role": "assistant"}
-        self._texts: dict[str, list[str]] = {}
-        self._calls: dict[int, Object] = {}
-        self._logprobs: Object | None = None
+        self._choices = {index: _Choice(index) for index in range(choices)}
         self._tail: Object = {}
         self.error: Object | None = None
         """The error object of an error event, if one came."""
 
     @property
     def complete(self) -> bool:
-        """Whether the stream has said how it finished."""
-        return self._choice["finish_reason"] is not None
+        """Whether the stream has said of every choice how it finished."""
+        return all(choice.finish is not None for choice in self._choices.values())
 
     def add(self, chunk: Object) -> None:
         """Take one chunk in."""
@@ -57,55 +60,85 @@ class Collector:
             self.error = chunk
             return
         self._head.update({key: value for key, value in chunk.items() if key not in ("choices", "usage", "timings", "object")})
-        self._tail.update({key: chunk[key] for key in ("usage", "timings") if chunk.get(key) is not None})
+        if chunk.get("usage") is not None:
+            self._tail["usage"] = add_usage(self._tail.get("usage"), chunk["usage"], each=len(self._choices) > 1)
+        if chunk.get("timings") is not None:
+            self._tail["timings"] = chunk["timings"]
         for choice in chunk.get("choices") or ():
-            self._add_choice(choice)
+            index = choice.get("index", 0)
+            self._choices.setdefault(index, _Choice(index)).add(choice)
 
     def answer(self) -> Object:
         """The whole answer, as if no stream had been asked for."""
-        choice = {**self._choice, **({"message": self._full_message()} if self._chat else {"text": "".join(self._text)})}
-        choice["logprobs"] = self._logprobs
-        if self._logprobs is None and self._chat:
-            del choice["logprobs"]
-        return {**self._head, "object": self._kind, "choices": [choice], **self._tail}
+        choices = [self._choices[index].answer(chat=self._chat) for index in sorted(self._choices)]
+        return {**self._head, "object": self._kind, "choices": choices, **self._tail}
 
-    def _add_choice(self, choice: Object) -> None:
-        if choice.get("finish_reason") is not None:
-            self._choice["finish_reason"] = choice["finish_reason"]
+
+@dataclass(slots=True)
+class _Choice:
+    """One of the answers that are being made."""
+
+    index: int
+    finish: str | None = None
+    stop_reason: Any = None
+    text: list[str] = field(default_factory=list)
+    message: Object = field(default_factory=lambda: {"role": "assistant"})
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    calls: dict[int, Object] = field(default_factory=dict)
+    logprobs: Object | None = None
+
+    def add(self, choice: Object) -> None:
+        self.finish = choice.get("finish_reason") or self.finish
+        self.stop_reason = choice.get("stop_reason") or self.stop_reason
         if choice.get("text"):
-            self._text.append(choice["text"])
+            self.text.append(choice["text"])
         if choice.get("logprobs"):
-            self._logprobs = _joined(self._logprobs or {}, choice["logprobs"])
+            self.logprobs = _joined(self.logprobs or {}, choice["logprobs"])
         for key, value in (choice.get("delta") or {}).items():
             self._add_delta(key, value)
+
+    def answer(self, *, chat: bool) -> Object:
+        found: Object = {"index": self.index, "finish_reason": self.finish}
+        found |= {"message": self._full_message()} if chat else {"text": "".join(self.text)}
+        if self.stop_reason is not None:
+            found["stop_reason"] = self.stop_reason
+        return {**found, "logprobs": self.logprobs} if self.logprobs is not None or not chat else found
 
     def _add_delta(self, key: str, value: Any) -> None:
         if key == "tool_calls":
             for call in value or ():
                 self._add_call(call)
         elif key == "role":
-            self._message["role"] = value
+            self.message["role"] = value
         elif isinstance(value, str):
-            self._texts.setdefault(key, []).append(value)
+            self.texts.setdefault(key, []).append(value)
         elif value is not None:
-            self._message[key] = value
+            self.message[key] = value
 
     def _add_call(self, delta: Object) -> None:
         """A call's first delta names it, the others add to its arguments."""
-        known = self._calls.setdefault(delta.get("index", len(self._calls)), {"function": {"arguments": ""}})
+        known = self.calls.setdefault(delta.get("index", len(self.calls)), {"function": {"arguments": ""}})
         function = delta.get("function") or {}
         known["function"]["arguments"] += function.get("arguments") or ""
         known["function"].update({key: value for key, value in function.items() if key != "arguments" and value is not None})
         known.update({key: value for key, value in delta.items() if key not in ("index", "function") and value is not None})
 
     def _full_message(self) -> Object:
-        texts = {key: "".join(parts) for key, parts in self._texts.items()}
+        texts = {key: "".join(parts) for key, parts in self.texts.items()}
         content = texts.pop("content", "")
-        message = {**self._message, "content": content, **texts}
-        if self._calls:
-            message["tool_calls"] = [self._calls[index] for index in sorted(self._calls)]
+        message = {**self.message, "content": content, **texts}
+        if self.calls:
+            message["tool_calls"] = [self.calls[index] for index in sorted(self.calls)]
             message["content"] = content or None
         return message
+
+
+def add_usage(known: Object | None, usage: Object, *, each: bool) -> Object:
+    """The counts so far with those of one more usage chunk; llama-server sends one for `each` choice, of that choice's tokens."""
+    if not known or not each:
+        return usage
+    made = (known.get("completion_tokens") or 0) + (usage.get("completion_tokens") or 0)
+    return {**usage, "completion_tokens": made, "total_tokens": made + (usage.get("prompt_tokens") or 0)}
 
 
 def _joined(old: Object, new: Object) -> Object:

@@ -47,7 +47,8 @@ def engine_error(status: int, body: bytes, path: str = "", retry_after: str = ""
         return RequestError(400, "unsupported_capability", what, param="model")
     if status in (429, 503):
         return RequestError(status, "backend_busy", found, retry_after=wait or Seconds(1))
-    return RequestError(_true_status(status, message), _code(kind, status), found, param=param, more=more)
+    true = _true_status(status, message)
+    return RequestError(true, _code(true), found, param=param, more=more)
 
 
 def event_error(event: Mapping[str, Any]) -> RequestError:
@@ -69,12 +70,10 @@ def _true_status(status: int, message: str) -> int:
     return status
 
 
-def _code(kind: str, status: int) -> str:
+def _code(status: int) -> str:
     if status == 404:
         return "model_not_found"
-    if status >= 500 or kind in ("generation", "incomplete_generation"):
-        return "backend_error"
-    return "invalid_request"
+    return "backend_error" if status >= 500 else "invalid_request"
 
 
 def _read(body: bytes) -> tuple[str, str, str | None, Mapping[str, object]]:

@@ -54,8 +54,9 @@ Encode = Callable[[Iterable[Object]], bytes]
 class TurnStream(Change):
     """The answer for a client that wants a stream."""
 
-    def __init__(self, turn: Turn, encode: Encode, media_type: str) -> None:
+    def __init__(self, turn: Turn, encode: Encode, media_type: str, closing: bytes = b"") -> None:
         self.media_type = media_type
+        self._closing = closing
         self._turn = turn
         self._encode = encode
         self._reader = sse.EventReader()
@@ -71,7 +72,7 @@ class TurnStream(Change):
             return b""
         if not self._turn.complete:
             raise sse.CutStreamError
-        return self._encode(self._turn.finish())
+        return self._encode(self._turn.finish()) + self._closing
 
     def fail(self, error: RequestError) -> bytes:
         """The error in the dialect's own shape, once."""
