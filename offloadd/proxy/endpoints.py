@@ -85,7 +85,8 @@ class Endpoints:
         routing.check_backend(spec, head.backend)
         fields = routing.read_object(raw)
         speech.check_spoken(spec, self._api_of, responses.RESPONSES)
-        async with self._gateway.leased(spec, backend=head.backend) as lease:
+        conversation, patient = head.conversation(spec), request if head.stream else None
+        async with self._gateway.leased(spec, backend=head.backend, conversation=conversation, patient=patient) as lease:
 
             def turn() -> turns.Turn:
                 return responses.ResponsesTurn(spec.name, fields)
@@ -168,7 +169,8 @@ class Endpoints:
         if empty and stay is not None and not stay:
             self._keep(spec.name, Seconds(0))
             return web.json_response(ollama_answers.loaded(spec.name, _times(began), chat=chat, unloaded=True))
-        async with self._gateway.leased(spec) as lease:
+        conversation = routing.read_head(await request.read()).conversation(spec)
+        async with self._gateway.leased(spec, conversation=conversation) as lease:
             if stay is not None:
                 self._keep(spec.name, stay)
             times = _times(began, lease.waited)

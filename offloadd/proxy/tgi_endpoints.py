@@ -61,7 +61,7 @@ class TgiEndpoints:
     async def _serve(self, request: web.Request, asked: tgi.Generate, path: str, *, stream: bool) -> web.StreamResponse:
         spec = self._find(request, asked.model)
         speech.check_spoken(spec, self._api_of, openai.COMPLETIONS, tgi.GENERATE)
-        async with self._gateway.leased(spec) as lease:
+        async with self._gateway.leased(spec, patient=request if stream else None) as lease:
             if tgi.GENERATE in lease.host.api.paths:
                 body = {name: value for name, value in routing.read_object(await request.read()).items() if name != "model"}
                 change = tgi.Untouched() if stream else None
