@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -25,6 +26,7 @@ from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
 from offloadd.api.logs import logs_route
 from offloadd.api.meters import Meters
 from offloadd.api.metrics import PictureCollector
+from offloadd.api.patience import IDLE, Patience
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models, of_processes
 from offloadd.api.recent import Recent
@@ -147,6 +149,7 @@ class Daemon:
         self._problems = Problems()
         self._recent = Recent(clock.wall)
         self._meter = KeyMeter(clock)
+        self._patience = Patience(clock, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.meters = Meters()
         self.meters.registry.register(PictureCollector(self.look))
         self._leaving = asyncio.Event()
@@ -211,6 +214,7 @@ class Daemon:
                 self._keep("the search for models", self._catalog.discovery.attend),
                 self._keep("the watch of models' folders", self._catalog.discovery.watch),
                 self._keep("serving what was found", self._follow_files),
+                self._patience.run(),
             )
             tasks = [group.create_task(loop) for loop in loops]
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
@@ -312,7 +316,12 @@ class Daemon:
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:
         accounts = Accounts(self._clock, self._served, lambda: caller().name)
-        door = Door(access=lambda: self._store.applied.desired.server.access, allowed_hosts=self._allowed_hosts, meter=self._meter)
+        door = Door(
+            access=lambda: self._store.applied.desired.server.access,
+            allowed_hosts=self._allowed_hosts,
+            meter=self._meter,
+            patience=self._patience,
+        )
         gateway = Gateway(
             book=self._book,
             desired=lambda: self._catalog.desired,
@@ -336,8 +345,9 @@ class Daemon:
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0, keepalive_timeout=IDLE)
         await runner.setup()
+        self._patience.guard(runner.server)
         logging.getLogger("offloadd").addHandler(self.meters.handler)
         logging.getLogger("offloadd").addHandler(self._recent)
         try:

@@ -22,6 +22,7 @@ from offloadd.api.guard import check_host, check_site, cors_headers, preflight
 from offloadd.api.limits import KeyMeter
 from offloadd.api.metrics import exposition
 from offloadd.api.openapi import description
+from offloadd.api.patience import Patience
 from offloadd.api.picture import Control, Picture
 from offloadd.api.scopes import check_query, scope_of
 from offloadd.errors import RequestError
@@ -55,6 +56,7 @@ class Door:
     access: Callable[[], Access]
     allowed_hosts: Callable[[], Collection[str]]
     meter: KeyMeter
+    patience: Patience
 
 
 def build_app(
@@ -214,7 +216,8 @@ def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
         response: web.StreamResponse | None = None
         refusal: RequestError | None = None
         try:
-            response = await _pass(door, request, handler)
+            with door.patience.of(request):
+                response = await _pass(door, request, handler)
         except RequestError as error:
             refusal = error
             response = refuse(request, error)

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from offloadd.api.app import Door, answer_headers, build_app, request_id
 from offloadd.api.limits import KeyMeter
+from offloadd.api.patience import Patience
 from offloadd.clock import SystemClock
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects.refusals import shaped
@@ -237,7 +238,7 @@ async def rigged(
     served: list[Served] = []
     book = LeaseBook(clock=clock, hosts=lambda _: hosts, decision=lambda _: None, wake=lambda: None)
     accounts = Accounts(clock, served.append, lambda: "")
-    door = Door(access=Access, allowed_hosts=frozenset, meter=KeyMeter(clock))
+    door = Door(access=Access, allowed_hosts=frozenset, meter=KeyMeter(clock), patience=Patience(clock, 4096))
     pool = Pool()
     gateway = Gateway(
         book=book,

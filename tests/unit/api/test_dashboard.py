@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from offloadd.api import views
+from offloadd.api import listing, views
 from offloadd.api.dashboard import HEADERS, PAGE, dashboard_route
 from offloadd.state.ids import LOCAL, DeviceId, DeviceKind
 from offloadd.state.observed import DeviceView, ForeignProcess
@@ -48,14 +48,14 @@ def test_it_reads_only_what_the_api_has() -> None:
     others = {DeviceId(LOCAL, GPUS[0].name): (ForeignProcess(pid=7, name="game", size=gib(1)),)}
     shown = picture(card, instances=(on_gpu("a-1", 6, 5),), model=model, offers=(offer(1),), foreign=others)
     device = views.vram_status(shown)["devices"][0]
-    entry = views.models(shown)["data"][0]
+    entry = listing.models(shown)["data"][0]
     known: dict[str, Any] = {
         "health": views.health(shown),
         "vram": views.vram_status(shown),
         "device": device,
         "entry": entry,
         "own": entry["offloadd"],
-        "models": views.models(shown),
+        "models": listing.models(shown),
         "each": {**device["instances"][0], **device["foreign"][0], **entry["offloadd"]["instances"][0], "what": "", "hint": ""},
     }
     for name, field in re.findall(r"\b(health|vram|device|entry|own|models|each)\.([a-z_]+)\b", SCRIPT):
