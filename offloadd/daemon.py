@@ -47,11 +47,10 @@ from offloadd.observe.processes import holds_port
 from offloadd.observe.snapshot import Observer
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects.refusals import shaped
-from offloadd.proxy.endpoints import Endpoints
+from offloadd.proxy.endpoints import dialect_routes
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.keeping import KeepBook
 from offloadd.proxy.leases import Host, LeaseBook
-from offloadd.proxy.tgi_endpoints import TgiEndpoints
 from offloadd.proxy.upstream import Pool
 from offloadd.registry.content import content_of_model
 from offloadd.registry.lives import LifeBook
@@ -335,13 +334,12 @@ class Daemon:
         )
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
-        endpoints = Endpoints(
+        dialects = dialect_routes(
             gateway, accounts=accounts, api_of=self._api, look=lambda: as_seen(self.look()), keep=self._keep_loaded
         )
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
-        tgi = TgiEndpoints(gateway, accounts=accounts, api_of=self._api)
         by_hand = by_hand_routes(self._wishes, gateway.find, self._decision)
-        routes = [*gateway.routes(), *endpoints.routes(), *tgi.routes(), borrow, logs, *by_hand]
+        routes = [*gateway.routes(), *dialects, borrow, logs, *by_hand]
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.

@@ -21,10 +21,10 @@ from offloadd.state.desired import ModelSpec
 BY_NAME = "/tgi/{model}"
 
 
-class TgiEndpoints:
-    """Handlers of TGI's paths."""
+class Tgi:
+    """Its handlers."""
 
-    def __init__(self, gateway: Gateway, *, accounts: Accounts, api_of: speech.ApiOf) -> None:
+    def __init__(self, gateway: Gateway, accounts: Accounts, api_of: speech.ApiOf) -> None:
         self._gateway = gateway
         self._accounts = accounts
         self._api_of = api_of
