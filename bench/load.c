@@ -130,10 +130,14 @@ int main(int argc, char **argv) {
     static struct epoll_event events[512];
     static char data[IN_SIZE + 1];
     int dialled = 0;
+    /* A stream lasts 10 ms for each of its tokens. */
+    long long spread_us = streaming && !hold ? 10000LL * atoi(argv[6]) / count : 0;
     long long begin = now_us(), last = begin + seconds * 1e6;
     while (now_us() < last) {
-        /* Not all at once, so that no backlog overflows. */
-        for (int i = 0; i < 50 && dialled < count; i++) dial(&conns[dialled++]);
+        /* Streams begin one after another, so that first tokens are those of single requests and not of a burst; others in small
+           groups, so that no backlog overflows. */
+        if (spread_us) while (dialled < count && now_us() >= begin + dialled * spread_us) dial(&conns[dialled++]);
+        else for (int i = 0; i < 50 && dialled < count; i++) dial(&conns[dialled++]);
         int found = epoll_wait(epoll_fd, events, 512, dialled < count ? 1 : 100);
         for (int i = 0; i < found; i++) {
             struct conn *c = events[i].data.ptr;

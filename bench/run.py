@@ -39,7 +39,6 @@ class Result:
     json_rate: float | None = None
     json_cpu_us: float | None = None
     chunk_cpu_us: float | None = None
-    chunk_rate: float | None = None
     first_us: dict[str, int] = field(default_factory=dict)
     delay_us: dict[str, int] = field(default_factory=dict)
     per_stream: dict[int, float] = field(default_factory=dict)
@@ -147,19 +146,29 @@ def _measure(subject: Subject, processes: Processes, tools: Tools, options: argp
     result.json_rate = found["rate"]
     result.json_cpu_us = (processes.cpu_s() - before) / max(1, found["answers"]) * 1e6
     result.failed += found["failed"]
-    # As many chunks a second as the slowest of them can pass on without falling behind.
-    before = processes.cpu_s()
-    found = tools.run("stream", subject.port, 100, options.seconds, 100)
-    result.chunk_cpu_us = (processes.cpu_s() - before) / max(1, found["events"]) * 1e6
-    result.chunk_rate = found["rate"]
+    # Streams one of which begins every 10 ms: first tokens are then those of single requests.
+    found = tools.run("stream", subject.port, 100, options.seconds + 1, 100)
+    result.first_us, result.delay_us = found["first_us"], found["delay_us"]
     result.failed += found["failed"]
-    result.delay_us = found["delay_us"]
-    # First tokens by themselves: 100 streams of some length, so that they do not all begin in the same moment.
-    result.first_us = tools.run("stream", subject.port, 100, options.seconds, 40)["first_us"]
+    result.chunk_cpu_us = _per_chunk(subject, processes, tools, options.seconds)
     if subject.argv:
         for count in map(int, filter(None, options.open.split(","))):
             result.per_stream[count] = _held(subject, processes, tools, count)
     return result
+
+
+def _per_chunk(subject: Subject, processes: Processes, tools: Tools, seconds: float) -> float:
+    """CPU time for each chunk of 100 streams that are under way, 100 chunks a second each."""
+    argv = [str(tools.load), "hold", str(subject.port), CHAT, "100", str(seconds), "1000000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stderr is not None
+        client.stderr.readline()
+        before, began = processes.cpu_s(), time.monotonic()
+        time.sleep(seconds * 0.8)
+        used, took = processes.cpu_s() - before, time.monotonic() - began
+        found = json.loads(client.stdout.read())
+    return used / (found["rate"] * took) * 1e6
 
 
 def _held(subject: Subject, processes: Processes, tools: Tools, count: int) -> float:

@@ -218,6 +218,7 @@ class Daemon:
             tasks = [group.create_task(loop) for loop in loops]
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
             log.info("offloadd %s started, on %s", __version__, eventloop.NAME, extra=about(EventKind.DAEMON_STARTED))
+            eventloop.settle()
             started(self)
             self._service.ready()
             asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, lambda: group.create_task(self._replace()))

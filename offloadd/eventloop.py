@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
 from importlib.metadata import version
 from typing import Any
@@ -21,3 +22,13 @@ def run(main: Coroutine[Any, Any, None]) -> None:
     """As `asyncio.run`, on the fastest loop that there is."""
     with asyncio.Runner(loop_factory=_factory) as runner:
         runner.run(main)
+
+
+def settle() -> None:
+    """What has been made up to the start stays for good: the collector of cycles need not look at it again and again.
+
+    It is called less often too: a full look takes tens of milliseconds, in which no token moves.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)

@@ -142,7 +142,8 @@ class LeaseBook:
         if model in self._lines:  # else the config has dropped it meanwhile
             self._last_used[model] = self._clock.now()
         self._serve(model)
-        self._wake()
+        if not self._held(lease.host.instance) or any(line.waiters for line in self._lines.values()):
+            self._wake()  # else nothing has changed that a plan could turn on
 
     def forget(self, instance: InstanceId) -> None:
         """It is off the books."""
