@@ -78,14 +78,32 @@ def build_app(
     async def finish(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(answer_headers(request, door))
 
+    async def expect(request: web.Request) -> web.StreamResponse | None:
+        """Say to a client that asks first whether its body is wanted; one that is too large is not."""
+        if request.headers.get("Expect", "").lower() != "100-continue":
+            raise web.HTTPExpectationFailed(text="only 100-continue can be expected")
+        try:
+            _check_length(request)
+        except web.HTTPRequestEntityTooLarge as error:
+            status, body = shape(request.path, _foreign(request, error))
+            response = web.json_response(body, status=status)
+            response.force_close()
+            return response
+        if request.version >= (1, 1):
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        return None
+
     app.on_response_prepare.append(finish)
     app.add_routes(_control_routes(control, find))
-    app.add_routes(routes)
+    app.add_routes(web.route(one.method, one.path, one.handler, **{"expect_handler": expect, **one.kwargs}) for one in routes)
     return app
 
 
 def answer_headers(request: web.Request, door: Door) -> dict[str, str]:
-    """What every answer bears, whoever writes it."""
+    """What every answer bears, whoever writes it; some are given before the middleware has named the request."""
+    if _ID_KEY not in request:
+        request[_ID_KEY] = _new_id()
     return {"X-Request-Id": request[_ID_KEY], **cors_headers(request, door.access().cors_origins)}
 
 

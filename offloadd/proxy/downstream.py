@@ -21,6 +21,8 @@ from offloadd.proxy.headers import BrokenAnswerError, Fields
 
 MAX_EARLY = 64 * 1024
 """Bytes of further requests that are kept while an answer is under way."""
+STALLED = 300.0
+"""A client that takes nothing for so long has left its answer behind."""
 EVENTS = b"text/event-stream"
 ANTHROPIC = "/v1/messages"
 """Whose clients know an event by its name."""
@@ -95,6 +97,7 @@ class Stream(asyncio.Protocol):
         self._taken = False
         self._paused = self._owner.writing_paused
         self._flowing: asyncio.Future[None] | None = None
+        self._stall: asyncio.TimerHandle | None = None
         self._early: list[bytes] = []
         self._into: Callable[[bytes], None] | None = None
         self._chunked = False
@@ -262,15 +265,22 @@ class Stream(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
+    def eof_received(self) -> None:
+        """The client has closed its side, which is how a client leaves: nothing that is still to be written may keep it."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def pause_writing(self) -> None:
-        """The client reads too slowly: so its source has to wait."""
+        """The client reads too slowly: so its source has to wait, but not for ever."""
         self._paused = True
+        self._stall = asyncio.get_running_loop().call_later(STALLED, self.eof_received)
         if self._source is not None:
             self._source.pause()
 
     def resume_writing(self) -> None:
         """It has caught up."""
         self._paused = False
+        self._stop_waiting()
         if self._owner.writing_paused:
             self._owner.resume_writing()
         if self._source is not None:
@@ -283,10 +293,16 @@ class Stream(asyncio.Protocol):
         if source is not None:
             source.abort()
         self._transport = None
+        self._stop_waiting()
         self._wake()
         if self._taken:
             self._taken = False
             self._owner.connection_lost(error)
+
+    def _stop_waiting(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _wake(self) -> None:
         if self._flowing is not None and not self._flowing.done():

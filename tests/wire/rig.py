@@ -105,6 +105,9 @@ class Engine:
                     break
         except ConnectionError:
             pass
+        except RuntimeError as problem:
+            if "handler is closed" not in str(problem):  # as uvloop says that a connection is closed
+                self.problems.append(problem)
         except Exception as problem:
             self.problems.append(problem)
         finally:
