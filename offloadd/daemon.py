@@ -664,6 +664,10 @@ class Daemon:
         if self._lives.problem:
             found[self._lives.problem] = "see that the disk has room and that the data folder is writable"
         found.update(self._catalog.problems)
+        if self._store.blind:
+            found[f"changes of the config bring no event: {self._store.blind}"] = (
+                "it is looked at every 2 s all the same; raise fs.inotify.max_user_instances or max_user_watches"
+            )
         if self._reconciler.problem:
             found[f"the last reconcile cycle failed: {self._reconciler.problem}"] = "this is a bug: see the log"
         for name in changed_at_start(self._begun, self._store.applied.desired):

@@ -27,6 +27,8 @@ POLL = Seconds(2)
 """The file is looked at this often even when no event comes: symlink swaps and network disks send none."""
 LIMIT = Seconds(60)
 """A reload that takes longer, as on a dead network disk, is given up: whoever waits for it gets an answer."""
+BLIND_AFTER = 3
+"""Failures in a row to watch the folders after which that is told: one may be a folder swapped at that moment."""
 SETTLE = Seconds(0.1)
 """A file must read the same twice, this far apart, before a change of it is taken up."""
 
@@ -71,6 +73,8 @@ class ConfigStore:
         self._lock = asyncio.Lock()
         self._queued: asyncio.Task[Attempt] | None = None
         self._digest = b""
+        self.blind = ""
+        """Why changes of the file bring no event, so that it is only looked at now and then; empty when they do."""
         self.applied = Applied(desired=DesiredState())
         self.attempt = Attempt()
 
@@ -105,6 +109,7 @@ class ConfigStore:
 
     async def watch(self) -> None:
         """Reload whenever the content changes, by event or by poll."""
+        failures = 0
         while True:
             folders = await asyncio.to_thread(watched_folders, self.path)
             try:
@@ -112,14 +117,18 @@ class ConfigStore:
                 await self._watch(folders)
             except (OSError, RuntimeError) as error:
                 # A folder went away in this moment, or the system has no watch left: looking now and then still works.
-                log.debug("cannot watch %s: %s", self.path, error)
+                failures += 1
+                self.blind = str(error) if failures >= BLIND_AFTER else ""
                 await asyncio.sleep(POLL)
+            else:
+                failures, self.blind = 0, ""
 
     async def _watch(self, folders: frozenset[Path]) -> None:
         """Look at every event in the folders, until other folders are the ones to watch."""
         async for _ in watchfiles.awatch(
             *folders, recursive=False, debounce=200, step=50, rust_timeout=int(POLL * 1000), yield_on_timeout=True
         ):
+            self.blind = ""
             await self._look()
             if await asyncio.to_thread(watched_folders, self.path) != folders:
                 return

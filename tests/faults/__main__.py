@@ -17,7 +17,7 @@ from pathlib import Path
 from offloadd import demo
 from offloadd.errors import PermanentError
 from tests.e2e.conftest import Real
-from tests.faults import daemons, engines  # noqa: F401  (they enter their rows)
+from tests.faults import cards, daemons, engines  # noqa: F401  (they enter their rows)
 from tests.faults.table import FAULTS, Fault, Result, markdown, run_all
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"

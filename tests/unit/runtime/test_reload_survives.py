@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+
+import pytest
 
 from offloadd.backends import discover
 from offloadd.clock import SystemClock
+from offloadd.runtime import reload
 from offloadd.runtime.reload import ConfigStore
 from offloadd.state.desired import DesiredState
 
@@ -32,3 +36,33 @@ async def test_an_error_ahead_of_the_swap_changes_nothing_and_is_told(tmp_path: 
     assert store.applied.desired.generation == 1
     assert (await store.reload("again")).applied
     assert next(iter(store.applied.desired.models.values())).context == 2048
+
+
+async def test_without_a_watch_left_the_file_is_looked_at_now_and_then_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError("inotify limit reached")
+
+    path = tmp_path / "offloadd.yaml"
+    path.write_text(CONFIG.format(context=1024))
+    store = ConfigStore(path, backends=discover(), clock=SystemClock())
+    await store.start()
+    monkeypatch.setattr(reload, "POLL", 0.01)
+    real = reload.watchfiles.awatch
+    monkeypatch.setattr(reload.watchfiles, "awatch", none_left)
+    watching = asyncio.create_task(store.watch())
+    try:
+        async with asyncio.timeout(20):
+            while not store.blind:
+                await asyncio.sleep(0.01)
+            path.write_text(CONFIG.format(context=2048))
+            while store.applied.desired.generation < 2:
+                await asyncio.sleep(0.01)
+            assert "inotify limit reached" in store.blind
+            monkeypatch.setattr(reload.watchfiles, "awatch", real)
+            while store.blind:
+                await asyncio.sleep(0.01)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
