@@ -306,6 +306,7 @@ class Daemon:
             holds_port=holds_port,
             startable=lambda life: life.backend in desired.engines and desired.engines[life.backend].adapter in self._backends,
         )
+        self._executor.remember(self._lives.exits(self._launcher.boot))
         self._executor.take_over(orphans, desired.models)
         return len(orphans)
 
@@ -415,6 +416,7 @@ class Daemon:
             return
         self._executor.stop_all("offloadd is shutting down")
         await self._executor.wait_all()
+        await asyncio.to_thread(self._lives.forget_exits)
         log.info("stopped: no process is left", extra=about(EventKind.DAEMON_STOPPED))
 
     async def _replace(self) -> None:

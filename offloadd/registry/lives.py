@@ -1,4 +1,4 @@
-"""The daemon's own state: which instances it has begun, in `data_dir/state.db`. Everything blocks: call it in a thread.
+"""The daemon's own state, in `data_dir/state.db`: which instances it has begun, and how earlier ones ended. Everything blocks.
 
 Memory holds the truth and the file follows it. What could not be written (a full disk, somebody who holds the file) is written
 with the next change that can be; until then only a daemon that dies would miss it, and it would stop what it cannot vouch for.
@@ -11,12 +11,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from peewee import CharField, DatabaseError, Model, OperationalError, SqliteDatabase, TextField
 
 from offloadd.errors import PermanentError
@@ -25,6 +26,7 @@ from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName, DeviceId, HostId, InstanceId, ModelName
 from offloadd.state.launch import Endpoint, Placement
 from offloadd.state.life import Life, ProcessId
+from offloadd.state.observed import ExitRecord
 from offloadd.units import Bytes, Instant, Seconds
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,24 @@ def _lives(database: SqliteDatabase) -> None:
     database.create_tables([LifeRecord])
 
 
-STEPS: tuple[Callable[[SqliteDatabase], None], ...] = (_lives,)
+class ExitsRecord(Model):
+    """How the last instances of one model ended, so that whoever has been given up is not tried again for a daemon's death."""
+
+    model = CharField(primary_key=True)
+    body = TextField()
+
+    class Meta:
+        """As above."""
+
+        table_name = "exits"
+
+
+def _exits(database: SqliteDatabase) -> None:
+    database.create_tables([ExitsRecord])
+
+
+STEPS: tuple[Callable[[SqliteDatabase], None], ...] = (_lives, _exits)
+_TABLES: tuple[type[Model], ...] = (LifeRecord, ExitsRecord)
 
 
 class LifeBook:
@@ -59,7 +78,8 @@ class LifeBook:
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._lives: dict[str, Life] = {}
-        self._unwritten: set[str] = set()
+        self._unwritten: dict[tuple[type[Model], str], str | None] = {}
+        """Rows that the file does not have yet; None is a row that is to go."""
         self.problem = ""
         """What is wrong with the file now; empty when nothing is."""
         self._lasting = ""
@@ -76,32 +96,52 @@ class LifeBook:
         """Write an instance down, in place of what was written of it before."""
         with self._lock:
             self._lives[life.mark] = life
-            self._write(life.mark)
+            self._write(LifeRecord, life.mark, json.dumps(_body(life)))
 
     def drop(self, mark: str) -> None:
         """It has ended, and nothing of it is left."""
         with self._lock:
             if self._lives.pop(mark, None) is not None:
-                self._write(mark)
+                self._write(LifeRecord, mark, None)
+
+    def exits(self, boot: str) -> dict[ModelName, tuple[ExitRecord, ...]]:
+        """How the last instances of each model ended in this boot of the machine, oldest first."""
+        with self._lock:
+            return dict(_records(boot))
+
+    def keep_exits(self, boot: str, model: ModelName, records: Sequence[ExitRecord]) -> None:
+        """Write down how a model's last instances ended; none takes away what was written."""
+        with self._lock:
+            self._write(ExitsRecord, model, _ENCODER.encode(_Exits(boot, list(records))).decode() if records else None)
+
+    def forget_exits(self) -> None:
+        """A daemon that ends in good order leaves no grudge: whoever starts it again wants everything tried again."""
+        with self._lock:
+            for row in list(ExitsRecord.select()):
+                self._unwritten[ExitsRecord, row.model] = None
+            self._flush()
 
     def retry(self) -> None:
         """Write what could not be written before, if there is any."""
         with self._lock:
             if self._unwritten:
-                self._write()
+                self._flush()
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             self._database.close()
 
-    def _write(self, *marks: str) -> None:
-        """Bring these rows, and all that are behind, to what memory says. They are few: one per living instance."""
-        self._unwritten.update(marks)
+    def _write(self, table: type[Model], key: str, body: str | None) -> None:
+        self._unwritten[table, key] = body
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write all that is behind: few rows, one for each living instance and each model."""
         try:
             with self._database.atomic("IMMEDIATE"):
-                for mark in self._unwritten:
-                    _put(mark, self._lives.get(mark))
+                for (table, key), body in self._unwritten.items():
+                    _put(table, key, body)
         except DatabaseError as error:
             why = _first_cause(error)
             if not self.problem:
@@ -166,7 +206,7 @@ def _opened(path: Path) -> SqliteDatabase:
         verdict = database.execute_sql("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
             raise DatabaseError(verdict)
-        database.bind([LifeRecord])
+        database.bind(list(_TABLES))
         _migrate(database)
     except BaseException:
         database.close()
@@ -181,11 +221,34 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _put(mark: str, life: Life | None) -> None:
-    if life is None:
-        LifeRecord.delete().where(LifeRecord.mark == mark).execute()
+def _put(table: type[Model], key: str, body: str | None) -> None:
+    name = table._meta.primary_key
+    if body is None:
+        table.delete().where(name == key).execute()
     else:
-        LifeRecord.replace(mark=mark, body=json.dumps(_body(life))).execute()
+        table.replace({name: key, table.body: body}).execute()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class _Exits:
+    """What is written of one model's ends. Their instants mean nothing in another boot."""
+
+    boot: str
+    records: list[ExitRecord]
+
+
+_ENCODER = msgspec.json.Encoder()
+_DECODER = msgspec.json.Decoder(_Exits)
+
+
+def _records(boot: str) -> Iterator[tuple[ModelName, tuple[ExitRecord, ...]]]:
+    for row in ExitsRecord.select():
+        try:
+            found = _DECODER.decode(row.body)
+        except msgspec.MsgspecError:
+            continue  # of another version: it is then tried again
+        if found.boot == boot:
+            yield ModelName(row.model), tuple(found.records)
 
 
 def _body(life: Life) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class Executor:
         for life, process in orphans:
             self._run_instance(_launched(life, models.get(life.instance.model)), (life, process))
 
+    def remember(self, exits: Mapping[ModelName, Iterable[ExitRecord]]) -> None:
+        """How instances ended under an earlier daemon: its death is no reason to try again what was given up."""
+        for model, records in exits.items():
+            self._exits[model] = deque(records, maxlen=KEPT_EXITS)
+
     def observed(self) -> ObservedState:
         """What is known of instances without reading the machine."""
         views = self.views()
@@ -107,6 +112,7 @@ class Executor:
     def forget_models(self, kept: Mapping[ModelName, object]) -> None:
         """Drop the history of models that the config no longer names."""
         for name in [name for name in self._exits if name not in kept]:
+            asyncio.get_running_loop().run_in_executor(None, self._tools.lives.keep_exits, self._tools.boot, name, ())
             del self._exits[name]
         self._load_times = {name: span for name, span in self._load_times.items() if name in kept}
 
@@ -180,8 +186,10 @@ class Executor:
         finally:
             del self._tasks[instance.id]
         _log_end(record)
-        self._exits.setdefault(instance.id.model, deque(maxlen=KEPT_EXITS)).append(record)
+        records = self._exits.setdefault(instance.id.model, deque(maxlen=KEPT_EXITS))
+        records.append(record)
         self._tools.changed(instance.id)
+        await asyncio.to_thread(self._tools.lives.keep_exits, self._tools.boot, instance.id.model, tuple(records))
 
 
 def _launched(life: Life, spec: ModelSpec | None) -> StartInstance:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -19,7 +19,7 @@ from offloadd.runtime.launchers import Launcher, Process, Remains
 from offloadd.runtime.logs import LogFolder
 from offloadd.state.actions import StartInstance, StopReason
 from offloadd.state.desired import Engine, HealthPolicy
-from offloadd.state.ids import InstanceId
+from offloadd.state.ids import InstanceId, ModelName
 from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, Probe, ProbeReply
 from offloadd.state.life import Life
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView
@@ -52,6 +52,10 @@ class Lives(Protocol):
 
     def drop(self, mark: str) -> None:
         """It has ended, and nothing of it is left."""
+        ...
+
+    def keep_exits(self, boot: str, model: ModelName, records: Sequence[ExitRecord]) -> None:
+        """Write down how a model's last instances ended; none takes away what was written."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Mapping
 
 from offloadd.clock import Clock
@@ -24,6 +25,7 @@ ASLEEP = Seconds(20)
 """Longer than any two cycles are apart while we run: what was not heard in that time says nothing about anybody."""
 SPACING = Seconds(0.005)
 """Least time between cycles, so that a burst of events costs one."""
+_IN_USE = re.compile(r", \d+ requests? runs?\b")
 _AFTER_ERROR = Seconds(1)
 
 
@@ -108,11 +110,11 @@ class Reconciler:
         return Seconds(max(0.0, min(RESYNC, answer.wake_at - self._clock.now())))
 
     def _report(self, decisions: Mapping[ModelName, Decision]) -> None:
-        """Log a decision when it says something new, numbers aside."""
+        """Log a decision when it says something new, numbers and the coming and going of requests aside."""
         for name, decision in decisions.items():
             trouble = decision.state in (ModelState.FAILED, ModelState.BACKOFF)
             said = f"{decision.state}: {decision.sentence}" if trouble else decision.sentence
-            saying = gist(said)
+            saying = gist(_IN_USE.sub("", said))
             if self._said.get(name) != saying:
                 level = logging.WARNING if trouble else logging.INFO
                 hint = f" ({decision.hint})" if decision.hint else ""

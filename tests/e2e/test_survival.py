@@ -49,3 +49,18 @@ def test_a_newer_program_in_place_under_a_stream(real: Real, tmp_path: Path) -> 
         assert daemon.chat("a", 2).status == 200
         assert daemon.pid() == old
         assert daemon.launches() == 1
+
+
+def test_a_canary_asks_the_real_server_for_one_token(real: Real, tmp_path: Path) -> None:
+    patches = {"offloadd.runtime.instance.LIVENESS_EVERY": 0.2}
+    models = {"a": real.model(health={"canary": "200ms"})}
+    with running(tmp_path, models, llamacpp=real.llamacpp, patches=patches) as daemon:
+        pid = daemon.pid()
+
+        def predicted() -> float:
+            lines = daemon.request("GET", "/upstream/a/metrics").body.decode().splitlines()
+            return next(float(line.split()[1]) for line in lines if line.startswith("llamacpp:tokens_predicted_total "))
+
+        until(lambda: predicted() >= 2, "two canaries were answered")
+        assert daemon.pid() == pid
+        assert not daemon.look()["instances"][0]["fault"]

@@ -182,16 +182,20 @@ def unkillable(place: Place) -> Outcome:
             daemon.pid("b")
             until(disk.asked, "it hangs in the file system")
             daemon.apply({"b": model()})
-            problem = until(lambda: [p["what"] for p in daemon.get("/health")["problems"] if "SIGKILL" in p["what"]], "it is told")
-            assert "stay reserved" in problem[0]
+            (problem,) = until(lambda: unkillable_ones(daemon), "it is told")
+            assert "stay reserved" in problem
             held = [i["instance"] for d in daemon.get("/vram/status")["devices"] for i in d["instances"]]
             assert "a-1" in held
             assert daemon.chat("b").status == 200
             since = time.monotonic()
             disk.let_go()
             until(lambda: not alive(pid), "it ends when the kernel lets go")
-            until(lambda: not daemon.get("/health")["problems"], "and that is seen")
+            until(lambda: not unkillable_ones(daemon), "and that is seen")
             return Outcome("others served on; /health says so, its memory stays on the books", time.monotonic() - since)
+
+
+def unkillable_ones(daemon: Daemon) -> list[str]:
+    return [problem["what"] for problem in daemon.get("/health")["problems"] if "SIGKILL" in problem["what"]]
 
 
 @fault(34, "an impostor takes the server's port before it does")

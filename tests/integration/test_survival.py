@@ -163,6 +163,20 @@ def test_damaged_state_is_set_aside_and_the_servers_begun_anew(tmp_path: Path, d
             assert any("state.db was damaged" in what for what in problems) == bool(damage)
 
 
+def test_what_was_given_up_stays_so_over_a_death_and_is_tried_again_after_a_good_end(tmp_path: Path) -> None:
+    with begun(tmp_path, {"a": model(restart={"give_up_after": 1}, env={"STANDIN_CRASH_AT_START": 3})}) as first:
+        first.wait_for("a", "failed")
+        files = sorted(first.data_dir.glob("state.db*"))
+        until(lambda: any(b"exit code 3" in file.read_bytes() for file in files), "it is written down")
+        kill9(first)
+        with next_daemon(first) as second:
+            assert "given up after 1 " in second.wait_for("a", "failed")["reason"]
+            assert second.launches() == 1
+        with next_daemon(first) as third:
+            third.wait_for("a", "failed")
+            assert third.launches() == 2
+
+
 def test_without_control_groups_nothing_is_different(tmp_path: Path) -> None:
     patches = {"offloadd.runtime.launchers.cgroups.USED": False}
     with begun(tmp_path, {"a": model(env={"STANDIN_FORK_GRANDCHILD": 600})}, patches=patches) as first:
@@ -232,8 +246,9 @@ LifeBook.keep, LifeBook.drop, LocalLauncher.spawn = keep_or_die, drop_or_die, sp
 from offloadd.cli import main
 main()
 """
-START = [f"{when} {what}" for what in ("intent", "spawn", "record", "ready") for when in ("before", "after")]
-STOP = [f"{when} {what}" for what in ("stop", "drop") for when in ("before", "after")]
+START = ["before intent", "after intent", "after spawn", "after record", "after ready"]
+STOP = ["before stop", "after stop", "after drop"]
+"""After one effect is before the next: what lies between is the same."""
 
 
 def dying(folder: Path, point: str, env: Mapping[str, str]) -> Daemon:
@@ -265,7 +280,7 @@ def test_a_death_between_any_two_effects_ends_in_one_process(tmp_path: Path, poi
             assert second.pids() == [pid]
             assert second.leftovers() == [pid]
             assert second.chat("a").status == 200
-            if point in ("after record", "before ready", "after ready"):
+            if point in ("after spawn", "after record", "after ready"):
                 assert marks(tmp_path / "marks").count("start") == 1, "the first process serves on"
     finally:
         first.discard()

@@ -14,8 +14,9 @@ from offloadd.errors import PermanentError
 from offloadd.registry.lives import LifeBook
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import HOST_RAM, LOCAL, BackendName, DeviceId, InstanceId, ModelName
-from offloadd.state.launch import Endpoint, Placement
+from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Placement
 from offloadd.state.life import Life, ProcessId
+from offloadd.state.observed import ExitRecord
 from offloadd.units import Bytes, Instant, Seconds
 
 GPU = DeviceId(LOCAL, "GPU-1")
@@ -157,4 +158,44 @@ def test_a_row_that_cannot_be_read_is_one_that_nobody_vouches_for(path: Path) ->
     book.close()
     with closing(sqlite3.connect(path)) as other, other:
         other.execute("insert into life values (?, ?)", ("odd", json.dumps({"model": "a"})))
+    assert read(path) == [LIFE]
+
+
+def ended(number: int) -> ExitRecord:
+    return ExitRecord(
+        instance=InstanceId(LOCAL, ModelName("a"), number),
+        backend=BackendName("llamacpp"),
+        fingerprint="f00d",
+        identity="file-1",
+        at=Instant(20.0 + number),
+        status=ExitStatus(signal=9),
+        cause=ExitCause(kind=ExitKind.KILLED, message="killed", permanent=True),
+        expected=False,
+        ready_for=Seconds(3),
+        tail=("a line",),
+    )
+
+
+def test_ends_come_back_in_the_same_boot_and_only_there(path: Path) -> None:
+    book = LifeBook(path)
+    book.keep_exits("boot", ModelName("a"), (ended(1),))
+    book.keep_exits("boot", ModelName("a"), (ended(1), ended(2)))
+    book.keep_exits("boot", ModelName("b"), (ended(1),))
+    book.keep_exits("boot", ModelName("b"), ())
+    book.close()
+    book = LifeBook(path)
+    assert book.exits("boot") == {"a": (ended(1), ended(2))}
+    assert book.exits("another") == {}
+    book.forget_exits()
+    assert book.exits("boot") == {}
+    book.close()
+
+
+def test_a_file_of_the_first_schema_is_brought_up_to_date(path: Path) -> None:
+    book = LifeBook(path)
+    book.keep(LIFE)
+    book.close()
+    with closing(sqlite3.connect(path)) as other, other:
+        other.execute("DROP TABLE exits")
+        other.execute("PRAGMA user_version = 1")
     assert read(path) == [LIFE]

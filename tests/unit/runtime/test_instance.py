@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from offloadd.state.desired import Engine, HealthPolicy, ModelSpec
 from offloadd.state.ids import HOST_RAM, LOCAL, BackendName, InstanceId, ModelName
 from offloadd.state.launch import Candidate, Endpoint, ExitKind, ExitStatus, Launch, ModelFacts, Placement, Probe, ProbeReply
 from offloadd.state.life import Life, ProcessId
-from offloadd.state.observed import InstanceState
+from offloadd.state.observed import ExitRecord, InstanceState
 from offloadd.units import Bytes, Seconds
 
 ENGINE = Engine(name=BackendName("llamacpp"), adapter="llamacpp", command=("llama-server",))
@@ -48,6 +49,8 @@ class Script:
 
     def drop(self, mark: str) -> None:
         self.steps.append("drop")
+
+    def keep_exits(self, boot: str, model: ModelName, records: Sequence[ExitRecord]) -> None: ...
 
     def spawn(self, launch: Launch, *, mark: str, log_path: Path) -> Script:
         self.steps.append("spawn")
