@@ -16,6 +16,7 @@ from offloadd.daemon import serve
 from offloadd.demo import run_demo
 from offloadd.errors import OffloaddError
 from offloadd.migrate.commands import app as import_app
+from offloadd.runtime.reap import reap as end_leftovers
 from offloadd.systemd import Manager
 from offloadd.terminal import FAILED, JsonOption, run_app
 
@@ -45,6 +46,15 @@ def run(
     """Run the daemon until SIGTERM. SIGHUP reloads the config, as does a change of its file."""
     journal.set_up()
     eventloop.run(serve(config, discover(), manager=Manager.from_environment()))
+
+
+@app.command()
+def reap(
+    kept: Annotated[bool, typer.Option("--kept", help="Also what was left running on purpose, by server.on_stop: keep.")] = False,
+) -> None:
+    """End the servers of daemons that are gone and will not come back. As ExecStopPost= it acts only after a clean end."""
+    for sentence in end_leftovers(kept=kept):
+        print(sentence)
 
 
 @app.command()

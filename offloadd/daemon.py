@@ -59,7 +59,7 @@ from offloadd.runtime.executor import Executor
 from offloadd.runtime.instance import Tools
 from offloadd.runtime.launchers.local import LocalLauncher
 from offloadd.runtime.loans import LoanBook
-from offloadd.runtime.lock import locked
+from offloadd.runtime.lock import leave_kept, locked
 from offloadd.runtime.logs import LogFolder, printable
 from offloadd.runtime.orphans import take_up
 from offloadd.runtime.reconciler import Reconciler
@@ -412,6 +412,7 @@ class Daemon:
         if self._keeps:
             kept = len(self._executor.alive())
             await self._executor.let_go()
+            leave_kept(self._data_dir)
             log.info("stopped: %d instances run on (server.on_stop: keep)", kept, extra=about(EventKind.DAEMON_STOPPED, kept=kept))
             return
         self._executor.stop_all("offloadd is shutting down")

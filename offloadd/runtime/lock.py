@@ -10,6 +10,8 @@ from pathlib import Path
 
 from offloadd.errors import PermanentError
 
+_KEPT = "kept\n"
+
 
 @contextmanager
 def locked(data_dir: Path) -> Iterator[None]:
@@ -25,6 +27,19 @@ def locked(data_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def leave_kept(data_dir: Path) -> None:
+    """Note, while the folder is held, that its servers are left running on purpose."""
+    (data_dir / "lock").write_text(_KEPT)
+
+
+def was_kept(data_dir: Path) -> bool:
+    """Whether the last daemon of the folder noted that, and no other has come since."""
+    try:
+        return (data_dir / "lock").read_text() == _KEPT
+    except OSError:
+        return False
 
 
 def _take(lock: int, data_dir: Path) -> None:

@@ -93,13 +93,12 @@ def operator(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Iterator[O
         try:
             yield found
         finally:
-            print(machine.console[-6000:])
-            print(machine.run("journalctl", "--no-pager", "-n", "200", "-o", "short").stdout)
+            print(machine.journal("-n", "200", "-o", "short-precise"))
 
 
 def test_it_starts_and_is_ready_when_it_listens(operator: Operator) -> None:
     started = operator.machine.systemctl("start", SERVICE)
-    assert started.returncode == 0, operator.machine.run("journalctl", "--no-pager", "-n", "50").stdout
+    assert started.returncode == 0, operator.machine.journal("-n", "50")
     assert operator.show("ActiveState") == "active"
     assert operator.machine.ask("GET", "/health").status == 200
     text = operator.wait_status("1 of 2 models ready (a)")
@@ -151,7 +150,7 @@ def test_a_daemon_that_hangs_is_replaced_and_keeps_its_server(operator: Operator
     before, main = operator.servers(), operator.main_pid
     operator.machine.run("kill", "-STOP", str(main))
     until(lambda: operator.show("NRestarts") == "2", "systemd has replaced it", 60)
-    assert "Watchdog timeout" in operator.machine.run("journalctl", "--no-pager", "-u", SERVICE).stdout
+    assert "Watchdog timeout" in operator.machine.journal()
     operator.wait_status("1 of 2 models ready (a)")
     operator.answers()
     assert operator.servers() == before
