@@ -42,19 +42,23 @@ def main() -> None:
 @app.command()
 def run(
     config: Annotated[Path, typer.Option("--config", "-c", help="A config file, or a directory of them.")] = DEFAULT_CONFIG,
+    log: Annotated[
+        journal.LogFormat,
+        typer.Option(envvar="OFFLOADD_LOG", help="auto is the journal where standard error leads there, else text."),
+    ] = journal.LogFormat.AUTO,
 ) -> None:
     """Run the daemon until SIGTERM. SIGHUP reloads the config, as does a change of its file."""
-    journal.set_up()
+    journal.set_up(form=log)
     eventloop.run(serve(config, discover(), manager=Manager.from_environment()))
 
 
 @app.command()
 def reap(
+    data_dir: Annotated[Path, typer.Argument(envvar="STATE_DIRECTORY", help="The data folder of the daemon that started them.")],
     kept: Annotated[bool, typer.Option("--kept", help="Also what was left running on purpose, by server.on_stop: keep.")] = False,
 ) -> None:
-    """End the servers of daemons that are gone and will not come back. As ExecStopPost= it acts only after a clean end."""
-    for sentence in end_leftovers(kept=kept):
-        print(sentence)
+    """End the servers of a daemon that is gone and will not come back. As ExecStopPost= it acts only after a clean end."""
+    print(end_leftovers(data_dir, kept=kept))
 
 
 @app.command()

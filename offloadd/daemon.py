@@ -38,6 +38,7 @@ from offloadd.clock import Clock, SystemClock
 from offloadd.config import render_json
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
+from offloadd.journal import journal_in_use
 from offloadd.observe.devices import DeviceReader
 from offloadd.observe.devices.amdgpu import AmdReader
 from offloadd.observe.devices.host import HostReader
@@ -56,6 +57,7 @@ from offloadd.registry.content import content_of_model
 from offloadd.registry.lives import LifeBook
 from offloadd.registry.readers import read_model
 from offloadd.runtime.executor import Executor
+from offloadd.runtime.forward import Forwarder
 from offloadd.runtime.instance import Tools
 from offloadd.runtime.launchers.local import LocalLauncher
 from offloadd.runtime.loans import LoanBook
@@ -168,9 +170,11 @@ class Daemon:
         self._look_soon = asyncio.Event()
         self._read_now = asyncio.Event()
         self._begun = store.applied.desired
+        self._data_dir = data_dir
         self._launcher = LocalLauncher(data_dir)
         self._lives = LifeBook(data_dir / "state.db")
         self._logs = LogFolder(data_dir / "logs")
+        self._forwarder = Forwarder(self._logs, journal_in_use)
         self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake, waits=self._waits)
         self._keeping = KeepBook()
         self._wishes = WishBook(clock=clock, wake=self._wake)
@@ -531,6 +535,7 @@ class Daemon:
 
     async def _trim_logs(self) -> None:
         await asyncio.sleep(TRIM)
+        await asyncio.to_thread(self._forwarder.forward, dict(self._executor.views()))
         await asyncio.to_thread(self._logs.trim, list(self._executor.views()))
         await asyncio.to_thread(self._lives.retry)
 

@@ -54,6 +54,8 @@ class Loaded:
     sources: tuple[SourceText, ...]
     hidden: frozenset[tuple[str, int]] = field(default_factory=frozenset)
     """(file, line) of lines that hold a literal secret and are never printed."""
+    secrets: frozenset[str] = field(default_factory=frozenset, repr=False)
+    """The literal secrets themselves, for whoever must not write them."""
 
     @property
     def errors(self) -> tuple[Diagnostic, ...]:
@@ -84,7 +86,7 @@ def _load(sources: Sequence[SourceText], backends: Mapping[str, Backend], secret
     desired, found = resolve(decoded, root, backends)
     diagnostics = _sorted([*problems, *decoded.problems, *found], sources)
     failed = any(entry.severity is Severity.ERROR for entry in diagnostics)
-    return Loaded(None if failed else desired, diagnostics, shown(root), tuple(sources), _hidden_lines(root))
+    return Loaded(None if failed else desired, diagnostics, shown(root), tuple(sources), _hidden_lines(root), _literal(root))
 
 
 @contextlib.contextmanager
@@ -107,6 +109,10 @@ def _sorted(found: Iterable[Diagnostic], sources: Sequence[SourceText]) -> tuple
     if len(ranked) > len(kept):
         kept.append(note(kept[-1].mark, f"{len(ranked) - len(kept):,} more findings are not listed"))
     return tuple(sorted(kept, key=lambda entry: (order.get(entry.mark.file, 0), entry.mark)))
+
+
+def _literal(root: Node) -> frozenset[str]:
+    return frozenset(str(node.value) for node in secret_nodes(root) if isinstance(node.value, str))
 
 
 def _hidden_lines(root: Node) -> frozenset[tuple[str, int]]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import TypeVar
 
 from offloadd.config.source import MAX_TEXT, SourceText
 from offloadd.errors import OffloaddError
 
+_Text = TypeVar("_Text", str, str | None)
 _ENDINGS = (".yaml", ".yml", ".json")
 _MAX_FILES = 1000
 _MAX_SECRET = 64 * 2**10
@@ -39,13 +41,22 @@ def read_sources(path: Path) -> tuple[SourceText, ...]:
 class SystemSecrets:
     """`${env:NAME}` from the daemon's own environment and `${file:/path}` from disk."""
 
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+        """All that was looked up, for whoever must not write it."""
+
     def env(self, name: str) -> str | None:
         """A variable's value, None when it is not set."""
-        return os.environ.get(name)
+        return self._noted(os.environ.get(name))
 
     def file(self, path: str) -> str:
         """A file's text, at most 64 KiB; raises OSError, or ValueError when it is not UTF-8."""
-        return _read(Path(path), _MAX_SECRET).decode()
+        return self._noted(_read(Path(path), _MAX_SECRET).decode())
+
+    def _noted(self, value: _Text) -> _Text:
+        if value:
+            self.known.add(value)
+        return value
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -109,9 +109,13 @@ class LogFolder:
         """Where what is kept of it begins."""
         return self._cut_away.get(instance, 0) - _size(_kept(self.path(instance)))
 
+    def end(self, instance: InstanceId) -> int:
+        """Where what it wrote ends."""
+        return self._cut_away.get(instance, 0) + _size(self.path(instance))
+
     def before_end(self, instance: InstanceId, lines: int) -> int:
         """Where the last so many of its lines begin, within what a person may want to see of them."""
-        end = self._cut_away.get(instance, 0) + _size(self.path(instance))
+        end = self.end(instance)
         position = max(self.begin(instance), end - _SEEN_BYTES)
         text = b""
         while position + len(text) < end:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,31 +19,26 @@ _MARKS = frozenset({HOME_MARK})
 _GONE_WITHIN_S = 10.0
 
 
-def reap(*, kept: bool) -> Iterator[str]:
-    """A sentence for each data folder with servers. A living daemon's are left alone, and without `kept` those kept on purpose."""
-    for home, servers in sorted(_by_home().items()):
-        what = f"{home}: {counted(len(servers), 'process', 'processes')}"
-        if not kept and was_kept(home):
-            yield f"{what} left alone: the last daemon left them on purpose (server.on_stop: keep)"
-            continue
-        try:
-            with locked(home):
-                _end(servers)
-        except PermanentError as held:
-            yield f"{what} left alone: {held.message}"
-        else:
-            yield f"{what} ended"
+def reap(home: Path, *, kept: bool) -> str:
+    """Tell what was done about a data folder's servers. Left alone are a living daemon's, and, but for `kept`, those kept."""
+    servers = _marked(home)
+    what = f"{home}: {counted(len(servers), 'process', 'processes')}"
+    if not servers:
+        return f"{home}: nothing is left running"
+    if not kept and was_kept(home):
+        return f"{what} left alone: the last daemon left them on purpose (server.on_stop: keep)"
+    try:
+        with locked(home):
+            _end(servers)
+    except PermanentError as held:
+        return f"{what} left alone: {held.message}"
+    return f"{what} ended"
 
 
-def _by_home() -> dict[Path, list[Stat]]:
-    """Everything with our mark, as far as we may look, by the data folder of the daemon that started it."""
-    found: dict[Path, list[Stat]] = {}
-    for pid in all_pids():
-        home = environment(pid, _MARKS).get(HOME_MARK)
-        process = stat(pid)
-        if home and process is not None:
-            found.setdefault(Path(home), []).append(process)
-    return found
+def _marked(home: Path) -> list[Stat]:
+    """Everything that a daemon of this folder has started, as far as we may look."""
+    found = (stat(pid) for pid in all_pids() if environment(pid, _MARKS).get(HOME_MARK) == str(home))
+    return [process for process in found if process is not None]
 
 
 def _end(servers: Sequence[Stat]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import watchfiles
 
+from offloadd import redaction
 from offloadd.backends.base import Backend
 from offloadd.clock import Clock
 from offloadd.config import ConfigUnreadableError, Loaded, SourceText, SystemSecrets, load, read_sources
@@ -157,7 +158,9 @@ class ConfigStore:
         except ConfigUnreadableError as error:
             return self._refused(Attempt(wall=self._clock.wall(), message=str(error)), why)
         self._digest = _digest(sources)
-        loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=SystemSecrets())
+        secrets = SystemSecrets()
+        loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=secrets)
+        redaction.hide(secrets.known | loaded.secrets)
         if loaded.desired is None:
             return self._refused(Attempt(wall=self._clock.wall(), loaded=loaded), why)
         desired = replace(loaded.desired, generation=self.applied.desired.generation + 1)
