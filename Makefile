@@ -4,7 +4,9 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: faults demo test clients lint format clean
+ENGINES_DIR ?= $(or $(OFFLOADD_ENGINES),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/offloadd/engines)
+
+.PHONY: engines faults demo test clients lint format clean
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
@@ -16,6 +18,10 @@ clients: $(VENV)/.clients  ## other people's SDKs, for the tests that use them; 
 
 faults: $(READY)  ## faults injected into real processes; the table goes to docs/faults.md (ARGS="" only prints it)
 	$(BIN)/python -m tests.faults $(if $(filter undefined,$(origin ARGS)),--write,$(ARGS))
+
+engines: $(READY)  ## the real vLLM for CPUs, 3.4 GB in OFFLOADD_ENGINES or the user's cache, held to the suite and served by a daemon
+	$(PYTHON) tests/engines/install_vllm.py "$(ENGINES_DIR)/vllm"
+	OFFLOADD_VLLM="$(ENGINES_DIR)/vllm" $(BIN)/python -m pytest tests/engines --durations=10 $(ARGS)
 
 lint: $(READY)  ## style, types, and the rule of which layer may import which
 	$(BIN)/ruff check --config .ci/ruff.toml .

@@ -165,7 +165,7 @@ def fingerprint(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelF
     endpoint = replace(NO_ENDPOINT, more=(0,) * backend.more_ports)
     launches = [backend.launch(engine, spec, facts, placement, endpoint) for placement in (NOWHERE, SOMEWHERE)]
     where = (spec.devices, spec.gpu_layers, spec.partial, spec.vram) if backend.kind is not BackendKind.EXTERNAL else ()
-    text = json.dumps([engine.name, *([launch.argv, sorted(launch.env.items()), launch.stop] for launch in launches), where])
+    text = json.dumps([engine.name, *([launch.argv, sorted(launch.env.items())] for launch in launches), where])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

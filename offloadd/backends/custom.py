@@ -94,7 +94,7 @@ class Custom:
         """The command with its words filled in."""
         argv = fill((*engine.command, *engine.args, *spec.args), spec, facts, endpoint)
         env = {name: fill((value,), spec, facts, endpoint)[0] for name, value in {**engine.env, **spec.env}.items()}
-        return Launch(argv=argv, env={**visible(placement), **env}, stop=fill(engine.stop_command, spec, facts, endpoint))
+        return Launch(argv=argv, env={**visible(placement), **env})
 
     def probes(self, spec: ModelSpec) -> Probes:
         """The one that the config names."""

@@ -277,8 +277,7 @@ class LlamaCpp:
         env = {"GGML_NO_BACKTRACE": "1", **visible(placement), **engine.env, **spec.env}
         if endpoint.key:
             env["LLAMA_API_KEY"] = endpoint.key  # not an argument: those are for all users to read
-        stop = fill(engine.stop_command, spec, facts, endpoint)
-        return Launch(argv=fill(argv, spec, facts, endpoint), env=env, stop=stop)
+        return Launch(argv=fill(argv, spec, facts, endpoint), env=env)
 
     def probes(self, spec: ModelSpec) -> Probes:
         """`/health` tells loading from loaded, `/v1/models` that it is our model, `/slots` that its main loop turns."""

@@ -214,8 +214,7 @@ class Tgi:
         env = {"DO_NOT_TRACK": "1", **visible(placement), **engine.env, **spec.env}
         if endpoint.key:
             env["API_KEY"] = endpoint.key  # not an argument: those are for all users to read
-        stop = fill(engine.stop_command, spec, facts, endpoint)
-        return Launch(argv=fill(argv, spec, facts, endpoint), env=env, stop=stop)
+        return Launch(argv=fill(argv, spec, facts, endpoint), env=env)
 
     def probes(self, spec: ModelSpec) -> Probes:
         """The port opens when all is loaded; `/info` says what was."""

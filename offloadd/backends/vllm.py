@@ -287,8 +287,7 @@ class Vllm:
         if not placement.gpus:
             memory = _memory(spec, facts, options).cache if facts.shape else Bytes(0)
             env = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": str(_cpu_cache(memory, options)), **env}
-        stop = fill(engine.stop_command, spec, facts, endpoint)
-        return Launch(argv=fill(argv, spec, facts, endpoint), env=env, stop=stop)
+        return Launch(argv=fill(argv, spec, facts, endpoint), env=env)
 
     def probes(self, spec: ModelSpec) -> Probes:
         """Its log and its /health say nothing of whether it works: the model must be listed, and one token come back."""

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from offloadd.backends.base import Backend
+from offloadd.backends.words import fill
 from offloadd.clock import Clock
 from offloadd.events import About, EventKind, about
 from offloadd.runtime.evidence import Evidence, machine_oom_kills, weigh
 from offloadd.runtime.launchers import Launcher, Process, Remains
 from offloadd.runtime.logs import LogFolder
+from offloadd.runtime.stop_command import run_stop_command
 from offloadd.state.actions import StartInstance, StopReason
 from offloadd.state.desired import Engine, HealthPolicy
 from offloadd.state.ids import InstanceId, ModelName
@@ -227,6 +229,7 @@ class Instance:
         # First: whoever waits for a slot must not be given one of the dead.
         self._enter(InstanceState.STOPPING)
         self._tools.hang_up(self.id, f"the backend ended ({status})")
+        await self._run_stop_command(self._action.spec.stop_timeout)  # what it has started may have outlived it
         remains = await asyncio.to_thread(self._tools.launcher.sweep, self._life.mark, process.id)
         if remains.killed:
             said = self._about(EventKind.INSTANCE_KILLED)
@@ -273,7 +276,7 @@ class Instance:
             footprint_key=action.candidate.footprint_key,
             identity=action.candidate.facts.identity,
             placement=action.placement,
-            endpoint=Endpoint(host=LOOPBACK, port=_free_port(), more=more, key=secrets.token_hex(32)),
+            endpoint=Endpoint(host=LOOPBACK, port=_free_port(), more=more, api=self._engine.api, key=secrets.token_hex(32)),
             boot=self._tools.boot,
             started_at=self._started_at,
         )
@@ -302,7 +305,8 @@ class Instance:
     async def _watch(self, process: Process) -> None:
         """From the first listening socket to the last sign of life."""
         await self._wanted.wait()
-        await self._until(lambda: asyncio.to_thread(self._tools.holds_port, process.pid, self._life.endpoint.port))
+        if not self._engine.stop_command:  # else it listens in a place that is none of our process's
+            await self._until(lambda: asyncio.to_thread(self._tools.holds_port, process.pid, self._life.endpoint.port))
         if self._state is InstanceState.STARTING:
             self._enter(InstanceState.LOADING)
         for probe in self.backend.probes(self._action.spec).readiness:
@@ -385,6 +389,8 @@ class Instance:
         await self._note(stopping=self._stop_why or self._stop_reason or "stopped")
         limit = self._action.spec.stop_timeout if self._stop_limit is None else self._stop_limit
         first = min(TERM_AGAIN, Seconds(limit / 2))
+        if await self._run_stop_command(limit) and await _ends_within(process, first):
+            return
         process.terminate()
         if await _ends_within(process, first):
             return
@@ -400,6 +406,20 @@ class Instance:
             self._stuck = True
             self._tools.changed(self.id)
             process.kill()
+
+    async def _run_stop_command(self, limit: Seconds) -> bool:
+        """What the config says of an end that signals do not bring about; whether it says anything."""
+        words = fill(self._engine.stop_command, self._action.spec, self._action.candidate.facts, self._life.endpoint)
+        if not words:
+            return False
+        problem = await run_stop_command(words, self._engine.env, limit)
+        if problem and not self._ended:
+            log.warning("%s: stop_command: %s", self.id, problem, extra=self._about(EventKind.INSTANCE_STOPPING))
+        return True
+
+    @property
+    def _ended(self) -> bool:
+        return self._process is not None and self._process.exited.done()
 
     def _not_started(self, error: OSError) -> ExitCause:
         program = self._engine.command[0]

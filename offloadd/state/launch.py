@@ -80,8 +80,6 @@ class Launch:
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
-    """A command that ends the server where signals to the program do not reach it; empty where they do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

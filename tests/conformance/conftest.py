@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.conformance.backend", "tests.conformance.gpu_reader")
+pytest.register_assert_rewrite("tests.conformance.backend", "tests.conformance.gpu_reader", "tests.conformance.engine_suite")

@@ -78,4 +78,7 @@ def _rename(folder: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]).absolute())
+    try:
+        main(Path(sys.argv[1]).absolute())
+    except (subprocess.CalledProcessError, OSError) as problem:
+        sys.exit(f"vLLM cannot be installed here: {problem}")

@@ -42,7 +42,6 @@ def test_the_words_of_a_custom_command_are_filled_in_wherever_they_stand() -> No
     launch = CUSTOM.bound(OWN).launch(OWN, spec(args=("--x", "${model}")), FACTS, NOWHERE, AT)
     assert launch.argv[3] == "m-41000"
     assert launch.argv[5:] == ("--model=/models/a b.bin", "--name=m", "--port", "41000", "--x", "m")
-    assert launch.stop == ("podman", "stop", "m-41000")
     assert launch.env["WHERE"] == "/models/a b.bin"
 
 

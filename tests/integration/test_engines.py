@@ -1,0 +1,209 @@
+"""One config with every kind of engine: each answers, is told apart, fails, and is replaced or passed over."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from tests.conformance.processes import until
+from tests.integration.daemon import Daemon, alive, chat, marks
+from tests.integration.engines import KEY, Elsewhere, daemon_of, elsewhere, served_by
+
+ENGINES = ("llamacpp", "vllm", "tgi", "own", "cloud")
+
+
+@pytest.fixture(scope="module")
+def away(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    with elsewhere(tmp_path_factory.mktemp("away"), TOKEN_S=0.005) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory, away: Elsewhere) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("engines")
+    models = {f"on-{name}": served_by(name, aliases=[f"alias/{name}"]) for name in ENGINES}
+    with daemon_of(folder, models, away.entry) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_every_engine_answers_whole_and_streaming_and_says_who_it_was(daemon: Daemon, name: str) -> None:
+    reply = daemon.chat(f"on-{name}")
+    assert reply.status == 200, reply.body
+    assert reply.headers["X-Offloadd-Backend"] == name
+    assert reply.headers["X-Offloadd-Reason"]
+    assert reply.json()["choices"][0]["message"]["content"] == "the night was calm"
+    assert reply.json()["choices"][0]["finish_reason"] == "length"
+    events = daemon.events(f"on-{name}", tokens=4)
+    assert events[-1] == "[DONE]"
+    said = "".join(choice["delta"].get("content") or "" for event in events[:-1] for choice in event["choices"])
+    assert said == "the night was calm"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_alias_reaches_engines_that_insist_on_their_own_name(daemon: Daemon, name: str) -> None:
+    assert daemon.chat(f"alias/{name}").status == 200
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_openai_client_is_served_by_all(daemon: Daemon, name: str) -> None:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{daemon.port}/v1", api_key="none") as client:
+        whole = client.chat.completions.create(model=f"on-{name}", messages=[{"role": "user", "content": "hi"}], max_tokens=3)
+        assert whole.choices[0].message.content == "the night was"
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 3
+        stream = client.chat.completions.create(
+            model=f"on-{name}", messages=[{"role": "user", "content": "hi"}], max_tokens=3, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+        assert "".join(pieces) == "the night was"
+
+
+def test_the_key_of_an_external_engine_is_nowhere_to_be_seen(daemon: Daemon) -> None:
+    daemon.chat("on-cloud")
+    for path in ("/config", "/backends", "/models", "/models/on-cloud", "/health", "/vram/status"):
+        assert KEY not in daemon.request("GET", path).body.decode()
+    assert KEY not in daemon.log
+    assert not any(KEY.encode() in path.read_bytes() for path in daemon.data_dir.rglob("*") if path.is_file())
+
+
+def test_an_external_engine_takes_no_memory_and_has_no_process(daemon: Daemon) -> None:
+    daemon.chat("on-cloud")
+    (instance,) = daemon.look("on-cloud")["instances"]
+    assert instance["pid"] is None
+    devices = daemon.get("/vram/status")["devices"]
+    assert not any(held["model"] == "on-cloud" for each in devices for held in each["instances"])
+
+
+def test_secrets_of_a_launch_are_not_on_its_command_line(daemon: Daemon) -> None:
+    daemon.chat("on-vllm")
+    process = psutil.Process(daemon.pid("on-vllm"))
+    key = process.environ()["VLLM_API_KEY"]
+    assert key not in " ".join(process.cmdline())
+    assert len(key) == 64
+
+
+# --- each is killed ---
+
+
+def tree(pid: int) -> list[psutil.Process]:
+    leader = psutil.Process(pid)
+    return [leader, *leader.children(recursive=True)]
+
+
+@pytest.mark.parametrize("name", ["llamacpp", "vllm", "tgi", "own"])
+def test_one_that_is_killed_is_replaced_with_nothing_left_of_it(daemon: Daemon, name: str) -> None:
+    daemon.chat(f"on-{name}")
+    old = tree(daemon.pid(f"on-{name}"))
+    assert len(old) == {"vllm": 3, "tgi": 3}.get(name, 1)
+    old[0].kill()
+    until(lambda: not any(alive(each.pid) for each in old), "all of its processes are gone")
+    assert daemon.chat(f"on-{name}").status == 200
+    assert daemon.pid(f"on-{name}") != old[0].pid
+
+
+@pytest.mark.parametrize("name", ["vllm", "tgi"])
+def test_a_part_that_dies_takes_the_whole_along_and_is_named(daemon: Daemon, name: str) -> None:
+    daemon.chat(f"on-{name}")
+    old = tree(daemon.pid(f"on-{name}"))
+    old[1].kill()
+    until(lambda: not any(alive(each.pid) for each in old), "all of its processes are gone")
+    assert daemon.chat(f"on-{name}").status == 200
+    assert ("its engine process died" if name == "vllm" else "died, and with it the whole") in daemon.log
+
+
+def test_one_whose_engine_is_stuck_is_found_out(tmp_path: Path) -> None:
+    patches = {"offloadd.plan.upkeep.IDLE_SILENCE": 4.0, "offloadd.runtime.instance.LIVENESS_EVERY": 0.5}
+    stuck = served_by("vllm", run="always", env={"STANDIN_HANG_AFTER_READY": "3"})
+    with daemon_of(tmp_path, {"a": stuck}, patches=patches) as daemon:
+        first = daemon.pid()
+        assert daemon.request("GET", "/upstream/a/health").status == 200
+        until(lambda: not alive(first), "it is replaced", 40)
+        until(lambda: daemon.pids() not in ([], [first]), "another is started", 20)
+
+
+# --- and passed over ---
+
+
+def test_an_engine_that_cannot_start_is_passed_over(tmp_path: Path, away: Elsewhere) -> None:
+    broken = served_by("llamacpp", "cloud", env={"STANDIN_CRASH_WHILE_LOADING": "3"})
+    with daemon_of(tmp_path, {"a": broken}, away.entry) as daemon:
+        reply = daemon.chat()
+        assert (reply.status, reply.headers["X-Offloadd-Backend"]) == (200, "cloud")
+
+
+def test_an_external_engine_that_is_not_there_is_passed_over_and_taken_up_again(tmp_path: Path) -> None:
+    with elsewhere(tmp_path) as away:
+        port, entry = away.server.port, away.entry
+    both = served_by("cloud", "llamacpp", restart={"backoff": "200ms", "max_backoff": "500ms", "give_up_after": 1000})
+    with daemon_of(tmp_path, {"a": both}, entry) as daemon:
+        assert daemon.chat().headers["X-Offloadd-Backend"] == "llamacpp"
+        assert f"http://127.0.0.1:{port} does not answer" in daemon.log
+        assert daemon.look()["state"] == "ready"
+
+
+def test_an_external_engine_that_dies_is_replaced_by_the_next(tmp_path: Path) -> None:
+    patches = {"offloadd.runtime.remote.LIVENESS_EVERY": 0.3}
+    with (
+        elsewhere(tmp_path) as away,
+        daemon_of(tmp_path, {"a": served_by("cloud", "llamacpp")}, away.entry, patches=patches) as daemon,
+    ):
+        assert daemon.chat().headers["X-Offloadd-Backend"] == "cloud"
+        os.killpg(away.server.process.pid, signal.SIGKILL)
+        reply = until(lambda: found if (found := daemon.chat()).status == 200 else None, "the next one serves", 30)
+        assert reply.headers["X-Offloadd-Backend"] == "llamacpp"
+
+
+def test_a_wrong_key_is_named(tmp_path: Path, away: Elsewhere) -> None:
+    wrong = {**away.entry, "key": "sk-wrong"}
+    with daemon_of(tmp_path, {"a": served_by("cloud", restart={"give_up_after": 1})}, wrong) as daemon:
+        reply = daemon.chat()
+        assert reply.status == 503
+        assert "refuses our key" in reply.json()["error"]["message"]
+        assert "sk-wrong" not in daemon.log + reply.body.decode()
+
+
+# --- wrapped commands ---
+
+
+def test_a_server_that_signals_do_not_reach_is_ended_by_its_stop_command(tmp_path: Path) -> None:
+    """As `systemd-run` does it: the command starts the server in another session, out of our group, and waits."""
+    wrapper = tmp_path / "run-elsewhere"
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        f'env -i PATH="$PATH" STANDIN_IGNORE_TERM=1 setsid "$@" & echo $! > {tmp_path}/pid-$OFFLOADD_TEST_PORT\n'
+        "trap '' TERM\nwait\n"
+    )
+    stopper = tmp_path / "stop-elsewhere"
+    stopper.write_text(f'#!/bin/sh\necho "stop $1" >> {tmp_path}/marks\nkill -9 $(cat {tmp_path}/pid-$1) 2>/dev/null || true\n')
+    for each in (wrapper, stopper):
+        each.chmod(0o755)
+    from tests.integration.engines import engines, script
+
+    backends: dict[str, Any] = engines()
+    server = [*script("llama_server"), "-m", "${source}", "--port", "${port}", "--alias", "${model}"]
+    backends["own"] |= {"command": [str(wrapper), *server], "stop_command": [str(stopper), "${port}"]}
+    backends["own"]["env"] = {"OFFLOADD_TEST_PORT": "${port}"} if False else {}
+    backends["own"]["env"]["TEST_PORT"] = "${port}"
+    wrapper.write_text(wrapper.read_text().replace("OFFLOADD_TEST_PORT", "TEST_PORT"))
+    from tests.integration.daemon import running
+    from tests.integration.engines import hub_folder
+
+    hub_folder(tmp_path)
+    with running(tmp_path, {"a": served_by("own", idle_timeout="500ms", stop_timeout="10s")}, backends=backends) as daemon:
+        assert daemon.chat().status == 200
+        pid = int(next(tmp_path.glob("pid-*")).read_text())
+        assert alive(pid)
+        assert pid not in [each.pid for each in tree(daemon.pids()[0])][:1]
+        until(lambda: not alive(pid), "it is ended when it is idle", 30)
+        until(lambda: daemon.state() == "off", "the model is off", 30)
+        assert "killing its process tree" not in daemon.log
+    assert marks is not None
+    assert chat("a")["model"] == "a"
