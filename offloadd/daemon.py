@@ -47,6 +47,7 @@ from offloadd.observe.probes import Prober, open_session
 from offloadd.observe.processes import holds_port
 from offloadd.observe.snapshot import Observer
 from offloadd.proxy.account import Accounts
+from offloadd.proxy.again import with_another_try
 from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.endpoints import dialect_routes
 from offloadd.proxy.gateway import Gateway
@@ -345,7 +346,7 @@ class Daemon:
         )
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
         by_hand = by_hand_routes(self._wishes, gateway.find, self._decision)
-        routes = [*gateway.routes(), *dialects, borrow, logs, *by_hand]
+        routes = [*with_another_try([*gateway.routes(), *dialects]), borrow, logs, *by_hand]
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.

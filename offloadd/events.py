@@ -44,6 +44,8 @@ class EventKind(StrEnum):
     LOAN_GRANTED = "loan-granted"
     REQUEST_WAITS = "request-waits"
     """It was put into its model's queue."""
+    REQUEST_MOVED = "request-moved"
+    """Its engine was lost before the first byte of an answer, and it goes to another."""
     REQUEST_ENDED = "request-ended"
     """One inference request is over, however it ended."""
     REGISTRY_PROBLEM = "registry-problem"

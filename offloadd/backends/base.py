@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
 from offloadd.state.found import Found
@@ -141,6 +141,59 @@ class SuitsFiles(Protocol):
     def suit(self, options: BackendOptions | None, found: Found) -> BackendOptions:
         """The options with what the found model needs, such as its projector."""
         ...
+
+
+class HubEngine:
+    """What engines have in common that load folders and hub ids, tell models apart by name, and stop when a client leaves.
+
+    A new adapter begins here and says what is its own: `name`, `title`, `default_command`, `preference`, `estimate`, `launch`
+    and `probes`, and whatever of the following does not fit.
+    """
+
+    name = ""
+    title = ""
+    kind = BackendKind.BUILTIN
+    options: type[BackendOptions] = BackendOptions
+    default_command: tuple[str, ...] = ()
+    preference = 9
+    reads: tuple[str, ...] = ()
+    reads_hub_ids = True
+    cancels_only_streams = False
+    more_ports = 0
+    version_argv: tuple[str, ...] = ()
+    devices_argv: tuple[str, ...] = ()
+
+    def bound(self, engine: Engine) -> Self:
+        """The same for every engine."""
+        return self
+
+    def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
+        """It lists none."""
+        return None
+
+    def companions(self, spec: ModelSpec) -> tuple[str, ...]:
+        """None that it does not find by itself."""
+        return ()
+
+    def source_need(self, source: str) -> SourceNeed:
+        """A folder, or else a hub id."""
+        return SourceNeed.DISK_OR_HUB
+
+    def read_probe(self, spec: ModelSpec, path: str, reply: ProbeReply) -> Health:
+        """200 is ready, 503 is loading; a server that lists another model is not ours."""
+        if reply.status == 503:
+            return Health.LOADING
+        if reply.status == 200 and path == "/v1/models":
+            return Health.READY if spec.name in listed(reply.body) else Health.SILENT
+        return Health.READY if reply.status == 200 else Health.SILENT
+
+    def api(self, spec: ModelSpec) -> EngineApi:
+        """OpenAI's texts, under the model's name."""
+        return EngineApi(model=spec.name, exact=False)
+
+    def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
+        """Its last line."""
+        return default_exit(status, log_tail, was_ready=was_ready)
 
 
 NOWHERE = Placement(reserved={})

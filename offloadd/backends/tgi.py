@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from offloadd.backends.base import ExitPattern, default_exit, match_exit, visible
+from offloadd.backends.base import ExitPattern, HubEngine, default_exit, match_exit, visible
 from offloadd.backends.hub_memory import GIB, HubMemory, hub_memory
 from offloadd.backends.words import fill
-from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
-from offloadd.state.ids import DeviceKind
+from offloadd.state.desired import BackendOptions, Engine, ModelSpec
 from offloadd.state.launch import (
     Endpoint,
     EngineApi,
@@ -26,7 +25,6 @@ from offloadd.state.launch import (
     Probe,
     ProbeReply,
     Probes,
-    SourceNeed,
     VramEstimate,
 )
 from offloadd.units import Bytes, Seconds, format_bytes
@@ -132,37 +130,16 @@ _FAILURES = (
 _PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/generate", "/generate_stream", "/tokenize", "/chat_tokenize"})
 
 
-class Tgi:
+class Tgi(HubEngine):
     """The adapter of `text-generation-launcher`."""
 
     name = "tgi"
     title = "TGI"
-    kind = BackendKind.BUILTIN
     options: type[BackendOptions] = TgiOptions
     default_command: tuple[str, ...] = ("text-generation-launcher",)
     preference = 3
-    reads: tuple[str, ...] = ()
-    reads_hub_ids = True
-    cancels_only_streams = False
     more_ports = 2
     version_argv: tuple[str, ...] = ("--version",)
-    devices_argv: tuple[str, ...] = ()
-
-    def bound(self, engine: Engine) -> Tgi:
-        """The same for every engine."""
-        return self
-
-    def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
-        """It lists none."""
-        return None
-
-    def companions(self, spec: ModelSpec) -> tuple[str, ...]:
-        """None that it does not find by itself."""
-        return ()
-
-    def source_need(self, source: str) -> SourceNeed:
-        """A folder, or else a hub id."""
-        return SourceNeed.DISK_OR_HUB
 
     def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate | None:
         """What it needs at least; it then takes all of its promise. None for a hub id that has not been downloaded."""

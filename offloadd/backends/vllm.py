@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from offloadd.backends.base import ExitPattern, default_exit, listed, match_exit, visible
+from offloadd.backends.base import ExitPattern, HubEngine, default_exit, listed, match_exit, visible
 from offloadd.backends.hub_memory import DEVICE_CONTEXT, GIB, HubMemory, hub_memory
 from offloadd.backends.words import fill
-from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
-from offloadd.state.ids import DeviceKind
+from offloadd.state.desired import BackendOptions, Engine, ModelSpec
 from offloadd.state.launch import (
     Endpoint,
     EngineApi,
@@ -26,7 +25,6 @@ from offloadd.state.launch import (
     Probe,
     ProbeReply,
     Probes,
-    SourceNeed,
     VramEstimate,
 )
 from offloadd.units import Bytes, Seconds, format_bytes
@@ -77,9 +75,10 @@ class VllmOptions(BackendOptions):
     """Runs code that comes with the model: only where you have read it, with `revision` set to what you have read."""
     load_format: str | None = None
     """How weights are read, such as `safetensors` or `dummy`."""
-    sleep: Literal[0, 1, 2] = 0
-    """Instead of being evicted it sleeps: with 1 its weights go to host RAM, with 2 they are read again when it wakes."""
 
+
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1"}
+"""It reports to nobody; and it listens on ports of its own for its processes, none of which may be reached from elsewhere."""
 
 _FAILURES = (
     ExitPattern(
@@ -217,38 +216,15 @@ _POOLING = frozenset({"/v1/embeddings", "/v1/rerank", "/v1/score", "/pooling", "
 _HINTS = dict.fromkeys(("/v1/embeddings", "/v1/rerank", "/v1/score"), "vllm.runner: pooling")
 
 
-class Vllm:
+class Vllm(HubEngine):
     """The adapter of `vllm serve`."""
 
     name = "vllm"
     title = "vLLM"
-    kind = BackendKind.BUILTIN
     options: type[BackendOptions] = VllmOptions
     default_command: tuple[str, ...] = ("vllm", "serve")
     preference = 2
-    reads: tuple[str, ...] = ()
-    reads_hub_ids = True
-    cancels_only_streams = False
-    more_ports = 0
-    # Its own --version imports all of it, for many seconds.
-    version_argv: tuple[str, ...] = ()
-    devices_argv: tuple[str, ...] = ()
-
-    def bound(self, engine: Engine) -> Vllm:
-        """The same for every engine."""
-        return self
-
-    def read_devices(self, text: str) -> frozenset[DeviceKind] | None:
-        """It lists none."""
-        return None
-
-    def companions(self, spec: ModelSpec) -> tuple[str, ...]:
-        """Adapters are named with their paths, and it reads them by itself."""
-        return ()
-
-    def source_need(self, source: str) -> SourceNeed:
-        """A folder, or else a hub id."""
-        return SourceNeed.DISK_OR_HUB
+    # No version_argv: its own --version imports all of it, for many seconds.
 
     def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate | None:
         """What it needs at least; it then takes all of its promise. None for a hub id that has not been downloaded."""
@@ -256,7 +232,7 @@ class Vllm:
         if facts.shape is None:
             return _by_hand(spec, options)
         memory = _memory(spec, facts, options)
-        host = Bytes(_PROGRAM + options.cpu_offload + (memory.weights if options.sleep == 1 else 0))
+        host = Bytes(_PROGRAM + options.cpu_offload)
         on_host = Bytes(_CPU_PROGRAM + memory.weights + _cpu_cache(memory.cache, options) * GIB)
         if spec.vram != "auto":
             return _fixed(spec.vram, host, on_host=spec.vram, counts=tuple(memory.even))
@@ -281,7 +257,7 @@ class Vllm:
             *engine.args,
             *spec.args,
         ]
-        env = {**_environment(placement, options), **visible(placement), **engine.env, **spec.env}
+        env = {**_ENVIRONMENT, **visible(placement), **engine.env, **spec.env}
         if endpoint.key:
             env["VLLM_API_KEY"] = endpoint.key  # not an argument: those are for all users to read
         if not placement.gpus:
@@ -376,18 +352,8 @@ def _memory_flags(placement: Placement, options: VllmOptions) -> Iterator[str]:
         yield from ("--gpu-memory-utilization", f"{min(shares) / _SHARE_STEP:.4f}")
     if options.kv_cache is not None:
         yield from ("--kv-cache-memory-bytes", str(options.kv_cache))
-    if options.sleep:
-        yield "--enable-sleep-mode"  # which it refuses on the CPU
     if len(placement.gpus) > 1:
         yield from ("--tensor-parallel-size", str(len(placement.gpus)))
-
-
-def _environment(placement: Placement, options: VllmOptions) -> dict[str, str]:
-    # It listens on ports of its own for its processes: none of them may be reached from elsewhere.
-    found = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    if options.sleep and placement.gpus:
-        found["VLLM_SERVER_DEV_MODE"] = "1"
-    return found
 
 
 def _option_flags(options: VllmOptions) -> Iterator[str]:

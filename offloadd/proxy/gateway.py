@@ -14,6 +14,7 @@ from aiohttp import web
 from offloadd.errors import RequestError
 from offloadd.proxy import bodies, headers, relay, routing, speech
 from offloadd.proxy.account import Accounts
+from offloadd.proxy.again import LOST
 from offloadd.proxy.bodies import Body
 from offloadd.proxy.dialects import openai, openai_streams, plain, sse
 from offloadd.proxy.dialects.base import Change, Translation
@@ -322,7 +323,10 @@ class Gateway:
 
     def _named(self, request: web.Request, lease: Lease, more: Mapping[str, str] = _NONE) -> bytes:
         """Header lines of ours: whose answer it is, and to what."""
-        return headers.lines((*self._bears(request).items(), *relay.origin(lease).items(), *more.items()))
+        origin = relay.origin(lease)
+        if LOST in request:
+            origin["X-Offloadd-Reason"] += f"; before, {request[LOST]}"
+        return headers.lines((*self._bears(request).items(), *origin.items(), *more.items()))
 
 
 class _Held:

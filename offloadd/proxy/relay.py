@@ -77,6 +77,7 @@ class BackendLostError(RequestError):
         host = lease.host
         message = f"the backend {host.instance} ({host.backend}) was lost: {why}"
         super().__init__(502, "backend_lost", message, retry_after=Seconds(1))
+        self.instance = host.instance
 
 
 class Exchange:

@@ -113,19 +113,10 @@ def test_typed_options_become_flags_and_args_come_last() -> None:
     assert not {"--dtype", "--runner", "--quantization"} & set(words)
 
 
-def test_sleep_is_switched_on_where_there_is_a_card_to_free() -> None:
-    launch = BACKEND.launch(ENGINE, spec(VllmOptions(sleep=1)), FACTS, on(8 * GIB), NO_ENDPOINT)
-    assert "--enable-sleep-mode" in launch.argv
-    assert launch.env["VLLM_SERVER_DEV_MODE"] == "1"
-    # It refuses the flag on the CPU.
-    launch = BACKEND.launch(ENGINE, spec(VllmOptions(sleep=1)), FACTS, Placement(reserved={}), NO_ENDPOINT)
-    assert "--enable-sleep-mode" not in launch.argv
-
-
 def test_the_fingerprint_follows_options_and_not_the_key_of_a_launch() -> None:
     plain = fingerprint(BACKEND, ENGINE, spec(), FACTS)
     assert plain != fingerprint(BACKEND, ENGINE, spec(VllmOptions(eager=True)), FACTS)
-    assert plain != fingerprint(BACKEND, ENGINE, spec(VllmOptions(sleep=1)), FACTS)
+    assert plain != fingerprint(BACKEND, ENGINE, spec(VllmOptions(kv_cache=Bytes(GIB))), FACTS)  # told on a GPU only
     assert plain == fingerprint(BACKEND, ENGINE, spec(aliases=("x",)), FACTS)
 
 

@@ -99,7 +99,7 @@ def test_what_an_engine_of_ones_own_says_of_itself_reaches_the_engine():
     [
         ("vllm: {eagre: true}", 'unknown key "eagre" in models.m.vllm (did you mean "eager"?)'),
         ("vllm: {kv_cache: 4}", "kv_cache: expected a size with its unit"),
-        ("vllm: {sleep: 3}", "sleep: expected 0, 1 or 2"),
+        ("vllm: {runner: embed}", "runner: expected"),
         ("tgi: {dtype: float8}", "dtype: expected"),
         ("args: [--gpu-memory-utilization, '0.5']", "--gpu-memory-utilization must not be set here"),
         ("args: [--served_model_name=x]", "--served_model_name must not be set here"),
