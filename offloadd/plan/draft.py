@@ -20,7 +20,7 @@ from offloadd.state.actions import (
     StopReason,
 )
 from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState, ModelSpec
+from offloadd.state.desired import BackendKind, DesiredState, ModelSpec
 from offloadd.state.ids import LOCAL, DeviceId, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Placement
 from offloadd.state.observed import LEAVING, SETTLING, DeviceView, InstanceState, InstanceView, ObservedState
@@ -69,6 +69,11 @@ class Draft:
     def leases(self, view: InstanceView) -> int:
         """Requests that the instance holds."""
         return self.demand.leases.get(view.id, 0)
+
+    def elsewhere(self, view: InstanceView) -> bool:
+        """Whether it is a server that we do not run."""
+        engine = self.desired.engines.get(view.backend)
+        return engine is not None and engine.kind is BackendKind.EXTERNAL
 
     def acted_on(self, view: InstanceView) -> bool:
         """Whether this plan already has an action for the instance."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from offloadd.plan.draft import Draft
 from offloadd.plan.loans import serve_loans
-from offloadd.plan.settle import grow, let_go, settle
+from offloadd.plan.settle import come_home, grow, let_go, settle
 from offloadd.plan.upkeep import tend
 from offloadd.plan.wants import wanted
 from offloadd.state.actions import Plan, StopReason
@@ -33,6 +33,7 @@ def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now:
         settle(draft, want)
     for want in wants:
         grow(draft, want)
+        come_home(draft, want)
     _adopt_orphans(draft)
     return draft.finish()
 

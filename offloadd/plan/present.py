@@ -19,8 +19,19 @@ SPARE_IDLE = Seconds(60)
 def present(draft: Draft, spec: ModelSpec) -> tuple[list[InstanceView], list[InstanceView]]:
     """The model's instances that stay as far as this plan goes: those that the config asks for, and the stale ones."""
     views = [view for view in draft.instances(spec.name) if view.state not in LEAVING and not draft.acted_on(view)]
-    stale = [view for view in views if _is_old(draft, spec, view)]
+    stale = [view for view in views if _is_old(draft, spec, view) or outranked(draft, spec, view)]
     return [view for view in views if view not in stale], stale
+
+
+def outranked(draft: Draft, spec: ModelSpec, view: InstanceView) -> str:
+    """Why one that runs elsewhere leaves as soon as another is ready: that one's engine comes first. Empty when there is none."""
+    if not draft.elsewhere(view):
+        return ""
+    ranks = {name: rank for rank, name in enumerate(spec.backends)}
+    own = ranks.get(view.backend, len(ranks))
+    others = (other for other in draft.instances(spec.name) if other.state not in LEAVING and not draft.acted_on(other))
+    better = next((other for other in others if ranks.get(other.backend, len(ranks)) < own), None)
+    return f"{better.id} serves it on {better.backend}, which comes first" if better else ""
 
 
 def retire_unloaded(draft: Draft, spec: ModelSpec) -> None:
@@ -33,7 +44,9 @@ def retire_unloaded(draft: Draft, spec: ModelSpec) -> None:
 def retire_stale(draft: Draft, stale: Sequence[InstanceView]) -> None:
     """Send away what a fresh instance replaces."""
     for view in stale:
-        draft.retire(view, StopReason.REPLACED, worn(draft, view) or "its config changed")
+        draft.retire(
+            view, StopReason.REPLACED, worn(draft, view) or outranked(draft, draft.spec_of(view), view) or "its config changed"
+        )
 
 
 def is_known(draft: Draft, spec: ModelSpec, view: InstanceView) -> bool:

@@ -88,6 +88,26 @@ def grow(draft: Draft, want: Want) -> None:
     draft.decide(describe(draft, want, outcome))
 
 
+def come_home(draft: Draft, want: Want) -> None:
+    """Where only servers elsewhere serve, start an engine that comes before theirs, as soon as it may and has room here.
+
+    The others serve on until it is ready.
+    """
+    fresh, _ = present(draft, want.spec)
+    if not want.count or not fresh or not all(draft.elsewhere(view) and view.state is InstanceState.READY for view in fresh):
+        return
+    before = want.spec.backends[
+        : min(want.spec.backends.index(view.backend) for view in fresh if view.backend in want.spec.backends)
+    ]
+    for candidate, need in _startable(draft, want, Outcome()):
+        answer = place(need, want.spec, draft.ledger.room, draft.site, candidate.gpus)
+        if candidate.backend not in before or not isinstance(answer, Placement):
+            continue
+        if not draft.loads_there(answer) and draft.may_give(answer.reserved):
+            _give(draft, want, candidate, answer)
+            return
+
+
 def _start_missing(draft: Draft, want: Want, missing: int) -> Outcome:
     outcome = Outcome()
     if missing <= 0:

@@ -6,15 +6,14 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import openai
 import psutil
 import pytest
 
 from tests.conformance.processes import until
-from tests.integration.daemon import Daemon, alive, chat, marks
-from tests.integration.engines import KEY, Elsewhere, daemon_of, elsewhere, served_by
+from tests.integration.daemon import Daemon, alive, running
+from tests.integration.engines import KEY, Elsewhere, daemon_of, elsewhere, engines, script, served_by
 
 ENGINES = ("llamacpp", "vllm", "tgi", "own", "cloud")
 
@@ -174,36 +173,42 @@ def test_a_wrong_key_is_named(tmp_path: Path, away: Elsewhere) -> None:
 
 
 def test_a_server_that_signals_do_not_reach_is_ended_by_its_stop_command(tmp_path: Path) -> None:
-    """As `systemd-run` does it: the command starts the server in another session, out of our group, and waits."""
-    wrapper = tmp_path / "run-elsewhere"
-    wrapper.write_text(
-        "#!/bin/sh\n"
-        f'env -i PATH="$PATH" STANDIN_IGNORE_TERM=1 setsid "$@" & echo $! > {tmp_path}/pid-$OFFLOADD_TEST_PORT\n'
-        "trap '' TERM\nwait\n"
-    )
-    stopper = tmp_path / "stop-elsewhere"
-    stopper.write_text(f'#!/bin/sh\necho "stop $1" >> {tmp_path}/marks\nkill -9 $(cat {tmp_path}/pid-$1) 2>/dev/null || true\n')
-    for each in (wrapper, stopper):
-        each.chmod(0o755)
-    from tests.integration.engines import engines, script
-
-    backends: dict[str, Any] = engines()
+    """As a container's client does it: the command starts the server in a session of its own, without our mark, and waits."""
+    scripts = {
+        "run-elsewhere": """\
+            env -i PATH="$PATH" STANDIN_IGNORE_TERM=1 setsid "$@" &
+            echo $! > $FOLDER/pid-$TEST_PORT
+            trap "" TERM
+            wait
+        """,
+        "stop-elsewhere": "kill -9 $(cat $FOLDER/pid-$1)\n",
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\nFOLDER={tmp_path}\n{text}")
+        (tmp_path / name).chmod(0o755)
+    backends = engines()
     server = [*script("llama_server"), "-m", "${source}", "--port", "${port}", "--alias", "${model}"]
-    backends["own"] |= {"command": [str(wrapper), *server], "stop_command": [str(stopper), "${port}"]}
-    backends["own"]["env"] = {"OFFLOADD_TEST_PORT": "${port}"} if False else {}
-    backends["own"]["env"]["TEST_PORT"] = "${port}"
-    wrapper.write_text(wrapper.read_text().replace("OFFLOADD_TEST_PORT", "TEST_PORT"))
-    from tests.integration.daemon import running
-    from tests.integration.engines import hub_folder
-
-    hub_folder(tmp_path)
-    with running(tmp_path, {"a": served_by("own", idle_timeout="500ms", stop_timeout="10s")}, backends=backends) as daemon:
+    backends["own"] |= {
+        "command": [str(tmp_path / "run-elsewhere"), *server],
+        "stop_command": [str(tmp_path / "stop-elsewhere"), "${port}"],
+        "env": {"TEST_PORT": "${port}"},
+    }
+    wrapped = served_by("own", idle_timeout="500ms", stop_timeout="10s")
+    with running(tmp_path, {"a": wrapped}, backends=backends) as daemon:
         assert daemon.chat().status == 200
         pid = int(next(tmp_path.glob("pid-*")).read_text())
         assert alive(pid)
-        assert pid not in [each.pid for each in tree(daemon.pids()[0])][:1]
+        assert os.getsid(pid) != os.getsid(daemon.pids()[0])
         until(lambda: not alive(pid), "it is ended when it is idle", 30)
         until(lambda: daemon.state() == "off", "the model is off", 30)
         assert "killing its process tree" not in daemon.log
-    assert marks is not None
-    assert chat("a")["model"] == "a"
+
+
+def test_a_wrapper_that_dies_has_its_server_ended_too(tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    backends = engines()
+    backends["own"]["stop_command"] = ["/bin/sh", "-c", f"echo ${{port}} >> {marks}"]
+    with running(tmp_path, {"a": served_by("own", run="always")}, backends=backends) as daemon:
+        os.kill(daemon.pid(), signal.SIGKILL)
+        until(lambda: marks.exists() and marks.read_text(), "the stop command is run")
+        assert daemon.chat().status == 200

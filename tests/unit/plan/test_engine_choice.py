@@ -7,7 +7,7 @@ from dataclasses import replace
 from offloadd.plan.planner import plan
 from offloadd.state.actions import Plan, StartInstance
 from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState, RunMode
+from offloadd.state.desired import BackendKind, DesiredState, Engine, RunMode
 from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Candidate, Placement, VramEstimate
 from offloadd.state.observed import DeviceView, InstanceState, ObservedState
@@ -45,6 +45,49 @@ def test_an_engine_that_backs_off_lets_the_next_one_serve() -> None:
     failing = [ended(f"m-{number}", ago=1) for number in (1, 2, 3)]
     scene = both().offers("m", offer(4), elsewhere()).had(*failing)
     assert [backend for _, backend in started(scene)] == [BETA]
+
+
+def with_cloud(scene: Scene, *views: object) -> Plan:
+    """A machine with 16 GiB on which BETA is an engine elsewhere."""
+    engines = {BETA: Engine(name=BETA, adapter="external", kind=BackendKind.EXTERNAL), ALPHA: Engine(name=ALPHA, adapter="a")}
+    observed = ObservedState(
+        instances={each.id: each for each in views},  # type: ignore[attr-defined]
+        devices={HOST_RAM: DeviceView(id=HOST_RAM, kind=DeviceKind.HOST, name="RAM", total=gib(16), free=gib(16))},
+        candidates=scene.candidates,
+        exits=scene.exits,
+    )
+    return plan(DesiredState(models=scene.models, engines=engines), observed, Demand(), now=NOW)
+
+
+def cloud(name: str = "m-1", state: InstanceState = InstanceState.READY) -> object:
+    spec_of_both = both().models[ModelName("m")]
+    return view(name, 0, state, spec=spec_of_both, backend=BETA, fingerprint="there", placement=Placement(reserved={}), measured={})
+
+
+def here(state: InstanceState) -> object:
+    return view("m-2", 4, state, spec=both().models[ModelName("m")])
+
+
+def acts(answer: Plan) -> list[str]:
+    return [f"{type(action).__name__.removesuffix('Instance').lower()} {action.instance}" for action in answer.actions]  # type: ignore[union-attr]
+
+
+def test_from_elsewhere_a_model_comes_home_when_there_is_room() -> None:
+    scene = both().offers("m", offer(4), elsewhere())
+    assert acts(with_cloud(scene, cloud())) == ["start m-2"]
+    assert acts(with_cloud(both().offers("m", offer(40), elsewhere()), cloud())) == []
+    # Not while it backs off, and not where what is elsewhere comes first.
+    assert acts(with_cloud(scene.had(ended("m-0", 1), ended("m-0", 1), ended("m-0", 1)), cloud())) == []
+    first = Scene(spec("m", run=RunMode.ALWAYS, backends=(BETA, ALPHA))).offers("m", elsewhere(), offer(4))
+    assert acts(with_cloud(first, cloud())) == []
+
+
+def test_what_is_elsewhere_serves_until_the_one_here_is_ready() -> None:
+    scene = both().offers("m", offer(4), elsewhere())
+    assert acts(with_cloud(scene, cloud(), here(InstanceState.LOADING))) == []
+    answer = with_cloud(scene, cloud(), here(InstanceState.READY))
+    assert acts(answer) == ["stop m-1"]
+    assert "which comes first" in answer.actions[0].why  # type: ignore[union-attr]
 
 
 # --- engines that measure their GPU load alone on it ---
