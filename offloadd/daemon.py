@@ -28,7 +28,7 @@ from offloadd.api.meters import Meters
 from offloadd.api.metrics import PictureCollector
 from offloadd.api.patience import IDLE, Patience
 from offloadd.api.picture import ConfigStatus, Picture, Problem
-from offloadd.api.problems import Problems, changed_at_start, of_memory, of_models, of_processes
+from offloadd.api.problems import Problems, changed_at_start, of_listeners, of_memory, of_models, of_processes
 from offloadd.api.recent import Recent
 from offloadd.api.service import Service
 from offloadd.backends.base import Backend, backend_of
@@ -44,7 +44,7 @@ from offloadd.observe.devices.amdgpu import AmdReader
 from offloadd.observe.devices.host import HostReader
 from offloadd.observe.devices.nvml import NvmlReader
 from offloadd.observe.probes import Prober, open_session
-from offloadd.observe.processes import holds_port
+from offloadd.observe.processes import holds_port, open_ports
 from offloadd.observe.snapshot import Observer
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.again import with_another_try
@@ -292,6 +292,7 @@ class Daemon:
             boot=self._launcher.boot,
             probe=Prober(self._session),
             holds_port=holds_port,
+            open_ports=open_ports,
             changed=self._changed,
             held=lambda key: self._book.demand().leases.get(key, 0),
             health=self._health,
@@ -368,9 +369,9 @@ class Daemon:
             await gateway.close()
             self._pool.close()
 
-    def _hang_up(self, instance: InstanceId, why: str) -> None:
+    def _hang_up(self, instance: InstanceId, why: str, died: bool) -> None:
         """End the instance's requests, and every connection that is kept for the next: some servers wait for their clients."""
-        self._book.hang_up(instance, why)
+        self._book.hang_up(instance, why, died=died)
         ending = self._executor.get(instance)
         endpoint = ending.view().endpoint if ending is not None else None
         if endpoint is not None:
@@ -685,6 +686,7 @@ class Daemon:
             found["the last config was refused; the one before it is in force"] = "run offloadd check on it, correct it and reload"
         found.update(of_models(self._reconciler.latest))
         found.update(of_memory(self._observed()))
+        found.update(of_listeners(self._observed()))
         found.update(of_processes(self._observed()))
         return self._problems.list(found, wall)
 

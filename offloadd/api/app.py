@@ -268,6 +268,7 @@ async def _pass(door: Door, request: web.Request, handler: Handler) -> web.Strea
     _check_length(request)
     check_query(request)
     if scope is Scope.ADMIN and request.method != "GET":
+        door.meter.steer(present)
         who, said = present.name or "the local user", about(EventKind.ADMIN_CALL, request=request[_ID_KEY], key=present.name)
         log.info("%s %s by %s", request.method, request.path[:200], who, extra=said)
     if scope is Scope.INFERENCE and request.method == "POST":

@@ -11,6 +11,8 @@ from offloadd.errors import RequestError
 from offloadd.state.access import Caller
 from offloadd.units import Instant, Seconds
 
+STEERING = 600
+"""Calls in a minute that load, unload, reload or borrow, by one caller: each may start or stop servers."""
 _MINUTE = Seconds(60)
 
 
@@ -56,6 +58,11 @@ class KeyMeter:
             if not self._running[caller.name]:
                 del self._running[caller.name]
 
+    def steer(self, caller: Caller) -> None:
+        """Count a call that changes something; RequestError 429 when there are more than anybody can mean."""
+        self._check(caller, "steering calls", STEERING)
+        self._take(caller, "steering calls", STEERING, 1)
+
     def spend(self, caller: Caller, tokens: int) -> None:
         """Tokens that a request has taken, known at its end."""
         self._take(caller, "tokens", caller.limits.tokens_per_minute, tokens)
@@ -64,8 +71,9 @@ class KeyMeter:
         bucket = self._bucket(caller, what, size)
         wait = bucket.wait(self._clock.now()) if bucket else Seconds(0)
         if wait:
-            message = f"the key {caller.name} has used its {size} {what} a minute"
-            raise RequestError(429, f"key_{what}_limit", message, retry_after=wait)
+            who = f"the key {caller.name} has" if caller.name else "callers without a key have"
+            code = f"key_{what.replace(' ', '_')}_limit"
+            raise RequestError(429, code, f"{who} used their {size} {what} a minute", retry_after=wait)
 
     def _take(self, caller: Caller, what: str, size: int | None, count: int) -> None:
         bucket = self._bucket(caller, what, size)

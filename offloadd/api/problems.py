@@ -34,6 +34,14 @@ def of_models(plan: Plan) -> Iterable[tuple[str, str]]:
             yield f"{name} {decision.state}: {decision.sentence}", decision.hint
 
 
+def of_listeners(observed: ObservedState) -> Iterable[tuple[str, str]]:
+    """Instances that can be reached from a network, past our keys."""
+    for view in observed.instances.values():
+        if view.exposed:
+            text = f"{view.id} listens beyond loopback, on {', '.join(view.exposed)}: whoever reaches that passes our keys by"
+            yield text, "have it listen on 127.0.0.1 (vLLM: env VLLM_HOST_IP), or close the ports by a firewall"
+
+
 def of_memory(observed: ObservedState) -> Iterable[tuple[str, str]]:
     """Instances that take clearly more than they were promised."""
     for view in observed.instances.values():

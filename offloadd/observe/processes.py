@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -41,6 +42,12 @@ def holds_port(pid: int, port: int) -> bool:
     return any(_listens(each, port) for each in tree(pid, read_children()))
 
 
+def open_ports(pid: int) -> tuple[str, ...]:
+    """Addresses beyond loopback on which the process or a descendant of it listens, as `host:port`."""
+    found = {address for each in tree(pid, read_children()) for address in _listening(each)}
+    return tuple(sorted(f"{host}:{port}" for host, port in found if not ip_address(host).is_loopback))
+
+
 def own_memory(pids: Iterable[int]) -> Bytes | None:
     """RAM that only these processes hold: resident pages less those backed by files, which the page cache may drop.
 
@@ -59,11 +66,15 @@ def program_name(pid: int) -> str:
 
 
 def _listens(pid: int, port: int) -> bool:
+    return any(number == port for _, number in _listening(pid))
+
+
+def _listening(pid: int) -> list[tuple[str, int]]:
     try:
         sockets = psutil.Process(pid).net_connections(kind="tcp")
     except psutil.Error:
-        return False
-    return any(s.status == psutil.CONN_LISTEN and s.laddr and s.laddr.port == port for s in sockets)
+        return []
+    return [(s.laddr.ip, s.laddr.port) for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr]
 
 
 def _parent(pid: str) -> int:

@@ -297,6 +297,7 @@ class Gateway:
         """The call that a request becomes. `as_json`: its body is ours, and JSON, whatever the client said of its own."""
         if body:
             check_media(body, self._desired().server.access.media_hosts)
+            self._book.suspects.check(lease.host.instance.model, body)
         account = self._accounts.open(request)
         account.grant(lease, len(body or b""))
         own = headers.lines((("X-Request-Id", self._request_id(request)),))

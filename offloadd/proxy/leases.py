@@ -13,6 +13,7 @@ from offloadd.errors import RequestError
 from offloadd.plan.admission import Granted, Queued, Refused, admit, retry_after
 from offloadd.plan.balance import Seat, pick
 from offloadd.proxy.affinity import Memory
+from offloadd.proxy.suspects import Suspects
 from offloadd.state.actions import Decision
 from offloadd.state.demand import Demand, Waiting
 from offloadd.state.desired import ModelSpec
@@ -47,6 +48,8 @@ class Lease:
     waited: Seconds
     revoked: asyncio.Future[str]
     """Done, with the reason, when the instance is going away and the request must end."""
+    died: bool = False
+    """Whether it is going away because it died by itself."""
     beside: bool = False
     """It takes no slot and keeps nothing loaded."""
     crowded: bool = False
@@ -96,6 +99,7 @@ class LeaseBook:
         self._idle_since: dict[InstanceId, Instant] = {}
         self._closed = ""
         self.memory = Memory(clock)
+        self.suspects = Suspects(clock)
         """Of conversations, and of how instances have fared."""
 
     async def acquire(
@@ -150,10 +154,11 @@ class LeaseBook:
         self._idle_since.pop(instance, None)
         self.memory.forget(instance)
 
-    def hang_up(self, instance: InstanceId, why: str) -> None:
+    def hang_up(self, instance: InstanceId, why: str, *, died: bool = False) -> None:
         """Tell every request on the instance to end."""
         for lease in self._leases.get(instance, ()):
             if not lease.revoked.done():
+                lease.died = died
                 lease.revoked.set_result(why)
 
     def serve_all(self) -> None:

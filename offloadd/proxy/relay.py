@@ -114,6 +114,8 @@ class Exchange:
             except RequestError as error:
                 if error.code in _AILING:
                     self._book.memory.ill(self._lease.host.instance)
+                if self._lease.died and self._call.body:
+                    self._book.suspects.died(self._lease.host.instance.model, self._call.body)
                 if not self._may_move(error) or not self._book.move(self._lease, error.message):
                     raise
                 self._reset()

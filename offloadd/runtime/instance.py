@@ -80,8 +80,10 @@ class Tools:
     """Requests that the instance holds now."""
     health: Callable[[InstanceId], HealthPolicy]
     """How the config in force wants it checked."""
-    hang_up: Callable[[InstanceId, str], None]
-    """Close every connection that we hold to the instance, because of what the text says."""
+    open_ports: Callable[[int], tuple[str, ...]]
+    """Given a pid: the addresses beyond loopback on which that tree listens. Blocks."""
+    hang_up: Callable[[InstanceId, str, bool], None]
+    """Close every connection that we hold to the instance, because of what the text says; whether it died by itself."""
 
 
 class Instance:
@@ -109,6 +111,7 @@ class Instance:
         self._misses = 0
         self._fault = ""
         self._stuck = False
+        self._exposed: tuple[str, ...] = ()
         self._oom_kills = machine_oom_kills()
         self._drain_deadline: Instant | None = None
         self._stop_reason: StopReason | None = None
@@ -143,6 +146,7 @@ class Instance:
             misses=self._misses,
             fault=self._fault,
             stuck=self._stuck,
+            exposed=self._exposed,
             pid=self._process.pid if self._process else None,
             endpoint=self._life.endpoint if self._process else None,
         )
@@ -228,7 +232,7 @@ class Instance:
             await asyncio.gather(*helpers, return_exceptions=True)
         # First: whoever waits for a slot must not be given one of the dead.
         self._enter(InstanceState.STOPPING)
-        self._tools.hang_up(self.id, f"the backend ended ({status})")
+        self._tools.hang_up(self.id, f"the backend ended ({status})", self._stop_reason is None)
         await self._run_stop_command(self._action.spec.stop_timeout)  # what it has started may have outlived it
         remains = await asyncio.to_thread(self._tools.launcher.sweep, self._life.mark, process.id)
         if remains.killed:
@@ -316,6 +320,7 @@ class Instance:
         if self._state is InstanceState.LOADING:
             self._say_ready(self._ready_at)
             self._enter(InstanceState.READY)
+        self._exposed = await asyncio.to_thread(self._tools.open_ports, process.pid)
         await self._note(ready_at=self._ready_at)
         await self._watch_life()
 
@@ -385,7 +390,7 @@ class Instance:
         llama-server ends on the first TERM only when no client's connection is left, and on none while it computes a prompt.
         """
         await self._stopping.wait()
-        self._tools.hang_up(self.id, self._stop_why)
+        self._tools.hang_up(self.id, self._stop_why, False)
         await self._note(stopping=self._stop_why or self._stop_reason or "stopped")
         limit = self._action.spec.stop_timeout if self._stop_limit is None else self._stop_limit
         first = min(TERM_AGAIN, Seconds(limit / 2))

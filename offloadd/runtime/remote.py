@@ -98,7 +98,7 @@ class RemoteInstance:
                 task.cancel()
             await asyncio.gather(checks, stopped, return_exceptions=True)
         self._enter(InstanceState.STOPPING)
-        self._tools.hang_up(self.id, cause.message)
+        self._tools.hang_up(self.id, cause.message, False)
         return self.record(ExitStatus(), cause)
 
     def record(self, status: ExitStatus, cause: ExitCause, tail: tuple[str, ...] = ()) -> ExitRecord:

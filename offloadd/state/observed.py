@@ -60,6 +60,8 @@ class InstanceView:
     """What shows that it cannot do its work though its process lives, as a canary that got no answer; empty when nothing does."""
     stuck: bool = False
     """SIGKILL did not end it: it holds what it holds until the kernel lets go of it."""
+    exposed: tuple[str, ...] = ()
+    """Addresses beyond loopback on which its processes listen, which nobody asked for."""
     pid: int | None = None
     endpoint: Endpoint | None = None
     measured: Mapping[DeviceId, Bytes] = field(default_factory=dict)

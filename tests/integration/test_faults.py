@@ -114,6 +114,18 @@ def test_an_abort_of_its_own(tmp_path: Path) -> None:
         assert "illegal memory access" in found["message"]
 
 
+def test_a_request_that_kills_every_engine_is_refused_and_others_are_served(tmp_path: Path) -> None:
+    restart = {"backoff": "10ms", "max_backoff": "10ms"}
+    with running(tmp_path, {"a": model(restart=restart, env={"STANDIN_CRASH_ON_TEXT": "poison"})}) as daemon:
+        asked = [{"role": "user", "content": "poison"}]
+        answers = [daemon.chat(messages=asked) for _ in range(4)]
+        assert [reply.status for reply in answers] == [502, 502, 502, 429]
+        assert answers[3].json()["error"]["code"] == "request_kills_backend"
+        assert int(answers[3].headers["Retry-After"]) > 500
+        assert daemon.chat().status == 200
+        assert daemon.launches() == 4
+
+
 # --- failing at the start -------------------------------------------------------------------------------------------------------
 
 

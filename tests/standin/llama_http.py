@@ -195,10 +195,12 @@ class Api:
 
     def _generation(self, kind: str) -> Handler:
         async def generate(request: web.Request) -> web.StreamResponse:
-            job = self._read_job(kind, await request.read())
+            raw = await request.read()
+            job = self._read_job(kind, raw)
             engine = self._engine
             engine.requests += 1
-            if engine.requests == engine.knobs.crash_on_request:
+            poison = engine.knobs.crash_on_text
+            if engine.requests == engine.knobs.crash_on_request or (poison and poison.encode() in raw):
                 crash("-11")
             engine.in_flight += 1
             try:

@@ -35,6 +35,7 @@ class Knobs:
     answer_tokens: int = field(default_factory=lambda: int(_number("ANSWER_TOKENS", 16)))
     crash_after_tokens: int = field(default_factory=lambda: int(_number("CRASH_AFTER_TOKENS")))
     crash_on_request: int = field(default_factory=lambda: int(_number("CRASH_ON_REQUEST")))
+    crash_on_text: str | None = field(default_factory=lambda: _env("CRASH_ON_TEXT"))
     crash_at_start: str | None = field(default_factory=lambda: _env("CRASH_AT_START"))
     crash_while_loading: str | None = field(default_factory=lambda: _env("CRASH_WHILE_LOADING"))
     ignore_term: bool = field(default_factory=lambda: _on("IGNORE_TERM"))

@@ -14,6 +14,7 @@ Knobs are environment variables, so that `env:` of a model in offloadd's config 
     STANDIN_CRASH_WHILE_LOADING  the same, when loading would have ended
     STANDIN_CRASH_AFTER_TOKENS=7 abort (SIGABRT) when so many tokens were generated in all
     STANDIN_CRASH_ON_REQUEST=2   die by SIGSEGV when the second request to generate arrives
+    STANDIN_CRASH_ON_TEXT=word   the same, at a request that holds the word
     STANDIN_IGNORE_TERM=1        ignore SIGTERM and SIGINT, always
     STANDIN_NEVER_READY=1        answer 503 for ever
     STANDIN_HANG_AFTER_READY=5   "healthy liar": five seconds after it is ready, /health and /v1/models answer, all else hangs;

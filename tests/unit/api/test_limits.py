@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from offloadd.api.limits import KeyMeter
+from offloadd.api.limits import STEERING, KeyMeter
 from offloadd.errors import RequestError
 from offloadd.state.access import Caller, KeyLimits
 from offloadd.units import Instant
@@ -44,7 +44,7 @@ def test_requests_in_a_minute(meter: KeyMeter, clock: Hand) -> None:
     for _ in range(3):
         with meter.admitted(key):
             pass
-    with pytest.raises(RequestError, match="used its 3 requests a minute") as refusal, meter.admitted(key):
+    with pytest.raises(RequestError, match="the key k has used their 3 requests a minute") as refusal, meter.admitted(key):
         pass
     assert (refusal.value.status, refusal.value.code) == (429, "key_requests_limit")
     assert refusal.value.retry_after == pytest.approx(20)
@@ -53,6 +53,18 @@ def test_requests_in_a_minute(meter: KeyMeter, clock: Hand) -> None:
         pass
     with pytest.raises(RequestError), meter.admitted(key):
         pass
+
+
+def test_flapping_has_an_end(meter: KeyMeter, clock: Hand) -> None:
+    """Nobody means to load and unload ten times a second, without a key neither."""
+    for _ in range(STEERING):
+        meter.steer(Caller())
+    with pytest.raises(RequestError, match="callers without a key have used") as refusal:
+        meter.steer(Caller())
+    assert refusal.value.status == 429
+    meter.steer(Caller(name="ops"))
+    clock.at += 1
+    meter.steer(Caller())
 
 
 def test_another_key_is_not_touched(meter: KeyMeter) -> None:
@@ -86,7 +98,7 @@ def test_tokens_are_paid_afterwards(meter: KeyMeter, clock: Hand) -> None:
     with meter.admitted(key):
         pass
     meter.spend(key, 1200)
-    with pytest.raises(RequestError, match="used its 600 tokens a minute") as refusal, meter.admitted(key):
+    with pytest.raises(RequestError, match="used their 600 tokens a minute") as refusal, meter.admitted(key):
         pass
     assert refusal.value.retry_after == pytest.approx(60.1)
     clock.at += 61

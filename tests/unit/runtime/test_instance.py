@@ -96,10 +96,11 @@ def begin(script: Script, folder: Path) -> Instance:
         boot="boot",
         probe=answers,
         holds_port=lambda pid, port: True,
+        open_ports=lambda pid: (),
         changed=lambda instance: None,
         held=lambda instance: 0,
         health=lambda instance: HealthPolicy(),
-        hang_up=lambda instance, why: None,
+        hang_up=lambda instance, why, died: None,
     )
     return Instance(ACTION, BACKEND, ENGINE, tools)
 
