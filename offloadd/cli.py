@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from offloadd import __version__, eventloop, journal
+from offloadd import __version__, eventloop, journal, preview
 from offloadd.backends import discover
+from offloadd.client import DEFAULT_SERVER, Server
 from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, json_schema, load, read_sources, render_json
 from offloadd.daemon import serve
 from offloadd.demo import run_demo
@@ -73,6 +74,20 @@ def check(path: ConfigArgument, as_json: JsonOption = False) -> None:
         print(_verdict(path, loaded))
     if not loaded.ok:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def plan(
+    path: ConfigArgument,
+    server: Annotated[str, typer.Option(envvar="OFFLOADD_SERVER", help="Address of the daemon's API.")] = DEFAULT_SERVER,
+    key: Annotated[str, typer.Option(envvar="OFFLOADD_KEY", help="API key.", show_default=False)] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a running daemon what this config would start, stop, replace and evict. Exit 4 if anything would change."""
+    answer = preview.ask(Server(server, key), path)
+    print(json.dumps(answer, indent=2) if as_json else preview.as_text(answer))
+    if answer["changed"]:
+        raise typer.Exit(preview.SOMETHING_TO_CHANGE)
 
 
 @app.command()

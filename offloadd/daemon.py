@@ -28,6 +28,7 @@ from offloadd.api.meters import Meters
 from offloadd.api.metrics import PictureCollector
 from offloadd.api.patience import IDLE, Patience
 from offloadd.api.picture import ConfigStatus, Picture, Problem
+from offloadd.api.preview import Change, plan_route
 from offloadd.api.problems import Problems, changed_at_start, of_listeners, of_memory, of_models, of_processes
 from offloadd.api.recent import Recent
 from offloadd.api.service import Service
@@ -35,7 +36,7 @@ from offloadd.backends.base import Backend, backend_of
 from offloadd.catalog import Catalog
 from offloadd.chronicle import Chronicle, registry_of
 from offloadd.clock import Clock, SystemClock
-from offloadd.config import render_json
+from offloadd.config import Loaded, SourceText, SystemSecrets, load, render_json
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
 from offloadd.journal import journal_in_use
@@ -46,6 +47,8 @@ from offloadd.observe.devices.nvml import NvmlReader
 from offloadd.observe.probes import Prober, open_session
 from offloadd.observe.processes import holds_port, open_ports
 from offloadd.observe.snapshot import Observer
+from offloadd.plan.foresee import foresee
+from offloadd.plan.placement import Site
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.again import with_another_try
 from offloadd.proxy.dialects.refusals import shaped
@@ -68,7 +71,7 @@ from offloadd.runtime.orphans import take_up
 from offloadd.runtime.reconciler import Reconciler
 from offloadd.runtime.reload import ConfigStore, explain
 from offloadd.runtime.wishes import WishBook
-from offloadd.state.actions import Decision, Plan
+from offloadd.state.actions import Decision, ModelState, Plan
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, HealthPolicy, ModelSpec, OnStop
 from offloadd.state.history import History
@@ -86,6 +89,8 @@ RELEASE_POLL = Seconds(0.1)
 """How often devices are read while memory of an ended instance is on its way back."""
 REFRESH = Seconds(2)
 """How often devices, engines and model files are looked at again."""
+QUIET_REFRESH = Seconds(10)
+"""The same while nothing runs and nobody waits; what is to be given is read again before it is given."""
 TRIM = Seconds(1)
 """How often instances' logs are checked against their bound."""
 GRACE = Seconds(30)
@@ -348,6 +353,7 @@ class Daemon:
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
         by_hand = by_hand_routes(self._wishes, gateway.find, self._decision)
         routes = [*with_another_try([*gateway.routes(), *dialects]), borrow, logs, *by_hand]
+        routes.append(plan_route(self._preview))
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
@@ -387,6 +393,28 @@ class Daemon:
     def _waits(self, model: ModelName, why: str) -> None:
         """A request was put into a queue."""
         self._recent.waits(model, present_request(), why)
+
+    async def _preview(self, sources: Sequence[SourceText]) -> tuple[Loaded, Change | None]:
+        """What this config would change, from how things are now; None when it is not good."""
+        loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=SystemSecrets())
+        if loaded.desired is None:
+            return loaded, None
+        new = self._catalog.with_config(loaded.desired)
+        candidates = await self._observer.preview(new)
+        old, observed, demand, now = self._desired(), self._observed(), self._demand(), self._clock.now()
+        site = Site(devices=observed.devices, accounts={})
+
+        def follow() -> Change:
+            applied = replace(demand, wishes={})  # which yield to a config that is applied
+            return Change(
+                old=old,
+                new=replace(new, generation=old.generation),
+                without=foresee(old, observed, demand, now=now),
+                within=foresee(new, replace(observed, candidates=candidates), applied, now=now),
+                labels={device: site.label(device) for device in observed.devices},
+            )
+
+        return loaded, await asyncio.to_thread(follow)
 
     def _runs(self, instance: InstanceId) -> bool:
         return instance in self._executor.alive()
@@ -512,7 +540,7 @@ class Daemon:
         """Look again after a while, or soon after an instance has ended, until its memory is seen to be free."""
         soon = any(view.unreleased for view in self._observed().instances.values())
         with suppress(TimeoutError):
-            async with asyncio.timeout(RELEASE_POLL if soon else REFRESH):
+            async with asyncio.timeout(RELEASE_POLL if soon else QUIET_REFRESH if self._quiet() else REFRESH):
                 await self._look_soon.wait()
         self._look_soon.clear()
         loaded = self._ready()
@@ -524,6 +552,11 @@ class Daemon:
         self._observer.holdings.forget({*self._executor.views(), *self._loans.loans()})
         self._wake()
         self._learn(loaded & self._ready())
+
+    def _quiet(self) -> bool:
+        """Whether nothing runs, nobody waits, and no model is wanted that cannot be had: then nobody needs a new reading."""
+        waits = any(decision.state is not ModelState.OFF for decision in self._reconciler.latest.decisions.values())
+        return not waits and not self._executor.views() and not self._loans.loans()
 
     def _ready(self) -> set[InstanceId]:
         return {key for key, view in self._executor.views().items() if view.state is InstanceState.READY}
@@ -537,13 +570,18 @@ class Daemon:
 
     async def _trim_logs(self) -> None:
         await asyncio.sleep(TRIM)
-        await asyncio.to_thread(self._forwarder.forward, dict(self._executor.views()))
-        await asyncio.to_thread(self._logs.trim, list(self._executor.views()))
-        await asyncio.to_thread(self._lives.retry)
+        views = dict(self._executor.views())
+
+        def tend() -> None:
+            self._forwarder.forward(views)
+            self._logs.trim(list(views))
+            self._lives.retry()
+
+        await asyncio.to_thread(tend)  # in one step: each costs an idle daemon as much as what it does
 
     async def _look_ahead(self, desired: DesiredState) -> None:
         """Read the files and engines that a new config names, so that the first plan for it knows them."""
-        await self._observer.refresh(lambda: self._catalog.with_config(desired), self._pids)
+        await self._observer.look_ahead(self._catalog.with_config(desired), self._pids)
 
     async def _follow_files(self) -> None:
         """Serve what was found on disk, once it is known what it needs, and no longer what is gone."""
@@ -560,6 +598,7 @@ class Daemon:
 
     def _follow_config(self) -> None:
         self._catalog.reloaded()
+        self._look_soon.set()  # at files that were there before, and may be others by now
         self._wishes.yield_to_config(self._catalog.desired.models)
         self._forget_models()
 

@@ -53,6 +53,8 @@ class Observer:
         self._facts: dict[str, ModelFacts] = {}
         self._known = known
         """Facts by path of files that somebody else keeps an eye on."""
+        self._folders: tuple[str, ...] = ()
+        """Where the files were looked for."""
         self._footprints: Mapping[str, Footprint] = {}
         self._offers: dict[tuple[ModelName, BackendName], tuple[object, Candidate]] = {}
         self._turn = asyncio.Lock()
@@ -95,20 +97,33 @@ class Observer:
         async with self._turn:
             await self._refresh(desired(), pids())
 
+    async def look_ahead(self, desired: DesiredState, pids: Callable[[], Mapping[Hashable, int]]) -> None:
+        """The same for a config that is about to be applied, save that files of which all is well are not looked at again.
+
+        Of a thousand models, a reload mostly touches one.
+        """
+        async with self._turn:
+            same = desired.storage.models_path == self._folders
+            known = {source: facts for source, facts in self._facts.items() if same and not facts.problem}
+            await self._refresh(desired, pids(), known)
+
     async def read_memory(self, pids: Callable[[], Mapping[Hashable, int]]) -> None:
         """Read the devices, and what each process tree holds of them."""
         async with self._turn:
             await self._read_memory(pids())
 
-    async def _refresh(self, desired: DesiredState, pids: Mapping[Hashable, int]) -> None:
+    async def _refresh(
+        self, desired: DesiredState, pids: Mapping[Hashable, int], held: Mapping[str, ModelFacts] | None = None
+    ) -> None:
         known = self._known()
         sources = sorted(source for source in self._named(desired) if source not in known)
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
         folders = desired.storage.models_path
         hubs = hub_folders(engine.env for engine in desired.engines.values())
-        facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders, hubs))
-        self._facts = self._facts if facts is None else facts
+        facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders, hubs, held))
+        if facts is not None:
+            self._facts, self._folders = facts, folders
         await self._read_memory(pids)
         await self._consider(desired)
 
@@ -132,6 +147,27 @@ class Observer:
         """Work out the candidates from the readings at hand, without new ones: other models are wanted, or files have changed."""
         async with self._turn:
             await self._consider(desired())
+
+    async def preview(self, desired: DesiredState) -> Mapping[ModelName, tuple[Candidate, ...]]:
+        """The candidates that another config would have. What is known of the present one stays as it is."""
+        async with self._turn:
+            known = self._known()
+            sources = sorted({*self._facts, *(source for source in self._named(desired) if source not in known)})
+            views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
+            folders = desired.storage.models_path
+            hubs = hub_folders(engine.env for engine in desired.engines.values())
+            facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders, hubs))
+            # From here on in one step: nobody sees what is put back at its end.
+            present = self.engines, self._facts, self._offers
+            self.engines = {view.name: view for view in views}
+            self._facts, self._offers = self._facts if facts is None else facts, dict(self._offers)
+            try:
+                return {
+                    name: tuple(self._candidate(desired, spec, backend) for backend in spec.backends)
+                    for name, spec in desired.models.items()
+                }
+            finally:
+                self.engines, self._facts, self._offers = present
 
     async def _consider(self, desired: DesiredState) -> None:
         """Work out the candidates of this config, those anew whose basis has changed; the loop goes on meanwhile."""

@@ -28,13 +28,23 @@ class Sources:
         self._shapes: dict[str, ModelShape | str] = {}
         self._contents: dict[str, str] = {}
 
-    def read(self, sources: Sequence[str], models_path: Sequence[str], hubs: Sequence[str] = ()) -> dict[str, ModelFacts]:
-        """Facts of every source; what is not on disk and looks like a hub id is one. `hubs` are folders of what was downloaded."""
-        found = {source: _read(source, models_path, hubs) for source in sources}
+    def read(
+        self,
+        sources: Sequence[str],
+        models_path: Sequence[str],
+        hubs: Sequence[str] = (),
+        known: Mapping[str, ModelFacts] | None = None,
+    ) -> dict[str, ModelFacts]:
+        """Facts of every source; what is not on disk and looks like a hub id is one. `hubs` are folders of what was downloaded.
+
+        Those that are `known` are taken as they are.
+        """
+        held = known or {}
+        found = {source: held.get(source) or _read(source, models_path, hubs) for source in sources}
         present = {facts.identity for facts in found.values()}
         self._shapes = {identity: shape for identity, shape in self._shapes.items() if identity in present}
         self._contents = {identity: content for identity, content in self._contents.items() if identity in present}
-        return {source: self._look_into(facts) for source, facts in found.items()}
+        return {source: facts if source in held else self._look_into(facts) for source, facts in found.items()}
 
     def _look_into(self, facts: ModelFacts) -> ModelFacts:
         if facts.problem or not facts.identity:

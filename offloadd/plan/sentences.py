@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from offloadd.plan.settle import Outcome
 
 _UNDER_WAY = (ModelState.WAITING, ModelState.STARTING, ModelState.LOADING, ModelState.STOPPING, ModelState.BACKOFF)
-_BY_INSTANCE = (
-    (InstanceState.READY, ModelState.READY),
-    (InstanceState.LOADING, ModelState.LOADING),
-    (InstanceState.STARTING, ModelState.STARTING),
-    (InstanceState.ORPHANED, ModelState.STARTING),
-)
+_BY_INSTANCE = {
+    InstanceState.READY: ModelState.READY,
+    InstanceState.LOADING: ModelState.LOADING,
+    InstanceState.STARTING: ModelState.STARTING,
+    InstanceState.ORPHANED: ModelState.STARTING,
+}
+_RANK = {state: rank for rank, state in enumerate(_BY_INSTANCE)}
 
 
 def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
@@ -31,16 +32,20 @@ def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
     if not want.count and not draft.instances(want.spec.name):
         wish = draft.demand.wishes.get(want.spec.name)
         return Decision(model=want.spec.name, state=ModelState.OFF, sentence=outcome.sentence, wish=wish)  # the many off ones
-    views = [view for view in draft.instances(want.spec.name) if not isinstance(draft.action(view), StopInstance)]
-    for seen, state in _BY_INSTANCE:
-        best = next((view for view in reversed(views) if view.state is seen), None)
-        if best is not None:
-            return _decision(draft, want, outcome, state, _instance_sentence(draft, best, outcome))
+    best = _best(draft, draft.instances(want.spec.name))
+    if best is not None:
+        return _decision(draft, want, outcome, _BY_INSTANCE[best.state], _instance_sentence(draft, best, outcome))
     if outcome.started:
         return _decision(draft, want, outcome, ModelState.STARTING, _start_sentence(outcome.started[0], want))
     if outcome.state not in (None, ModelState.OFF):
         return _decision(draft, want, outcome, outcome.state or ModelState.OFF, outcome.sentence)
     return _leaving(draft, want, outcome)
+
+
+def _best(draft: Draft, views: Sequence[InstanceView]) -> InstanceView | None:
+    """The instance that speaks for the model: of the state that is nearest to use, the latest."""
+    speaking = [view for view in views if view.state in _RANK and not isinstance(draft.action(view), StopInstance)]
+    return min(speaking, key=lambda view: (_RANK[view.state], -view.id.number), default=None)
 
 
 def _start_sentence(action: StartInstance, want: Want) -> str:

@@ -41,6 +41,8 @@ class Outcome:
 
 def let_go(draft: Draft, want: Want) -> None:
     """Retire what the model does not need: all when none is wanted, those beyond the number, old ones that are replaced."""
+    if not draft.instances(want.spec.name):
+        return  # as with most of them, most of the time
     retire_unloaded(draft, want.spec)
     fresh, stale = present(draft, want.spec)
     if not want.count:

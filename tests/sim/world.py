@@ -205,6 +205,7 @@ class World:
         self.last_plan = Plan()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
+        self._offers: dict[tuple[ModelName, BackendName], tuple[object, Candidate]] = {}
         self._used: set[InstanceId] = set()
 
     # What a daemon sees
@@ -264,6 +265,13 @@ class World:
         return int((self.sizes[spec.name] + spec.context / 8192) * share * GIB)
 
     def _candidate(self, spec: ModelSpec, backend: BackendName) -> Candidate:
+        basis = (spec, backend, self.files.get(spec.name, 0), self.sizes[spec.name])
+        known = self._offers.get((spec.name, backend))
+        if known is None or known[0] != basis:
+            known = self._offers[spec.name, backend] = (basis, self._make_candidate(spec, backend))
+        return known[1]
+
+    def _make_candidate(self, spec: ModelSpec, backend: BackendName) -> Candidate:
         return Candidate(
             backend=backend,
             facts=ModelFacts(path=spec.source, identity=str(self.files.get(spec.name, 0))),
