@@ -6,7 +6,7 @@ READY   = $(VENV)/.ready
 
 ENGINES_DIR ?= $(or $(OFFLOADD_ENGINES),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/offloadd/engines)
 
-.PHONY: engines faults demo test clients lint format clean
+.PHONY: bench engines faults demo test clients lint format clean
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
@@ -22,6 +22,9 @@ faults: $(READY)  ## faults injected into real processes; the table goes to docs
 engines: $(READY)  ## the real vLLM for CPUs, 3.4 GB in OFFLOADD_ENGINES or the user's cache, held to the suite and served by a daemon
 	$(PYTHON) tests/engines/install_vllm.py "$(ENGINES_DIR)/vllm"
 	OFFLOADD_VLLM="$(ENGINES_DIR)/vllm" $(BIN)/python -m pytest tests/engines --durations=10 $(ARGS)
+
+bench: $(VENV)/.bench  ## the data plane against other proxies, all before one fast engine; ARGS='--llama-swap PATH' adds one more
+	$(BIN)/python -m bench.run $(ARGS)
 
 lint: $(READY)  ## style, types, and the rule of which layer may import which
 	$(BIN)/ruff check --config .ci/ruff.toml .
@@ -43,6 +46,12 @@ $(READY): setup.cfg pyproject.toml Makefile
 
 $(VENV)/.clients: $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[clients]'
+	touch $@
+
+$(VENV)/.bench: $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(PYTHON) -m venv $(VENV)/litellm
+	$(VENV)/litellm/bin/python -m pip install --quiet 'litellm[proxy]'
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
 /* A stand-in for an engine, fast enough never to be what is measured: one thread, epoll, HTTP/1.1 with keep-alive.
  *
- * POST with "stream":true  an SSE stream of "max_tokens" events, one every `--gap-us`, each with the time at which it was sent
+ * POST with "stream":true  an SSE stream of "max_tokens" events, one every `--gap-us` (or "gap_us"), each with the time at which
+ *                          it was sent
  * any other POST           one JSON answer at once
  * GET                      200 {"status":"ok"}, for health checks; /v1/models lists the model `m`
  */
@@ -24,7 +25,7 @@
 
 struct conn {
     int fd, used, streaming, left, number;
-    long long next_us;
+    long long next_us, gap_us;
     struct conn *next, *prev; /* in the ring of streams */
     char in[IN_SIZE];
 };
@@ -90,7 +91,7 @@ static void tick(void) {
             int fine = c->left-- > 0 ? event(c) : finish(c);
             if (!fine) { drop(c); continue; }
             if (!c->streaming) continue;
-            c->next_us += gap_us;
+            c->next_us += c->gap_us;
             if (c->next_us < now) c->next_us = now;
         }
         if (!soonest || c->next_us < soonest) soonest = c->next_us;
@@ -118,7 +119,9 @@ static int answer(struct conn *c, const char *head, const char *body) {
     c->left = max ? atoi(max + 13) - 1 : 99;
     c->number = 0;
     c->streaming = 1;
-    c->next_us = now_us() + gap_us;
+    const char *gap = strstr(body, "\"gap_us\":");
+    c->gap_us = gap ? atoll(gap + 9) : gap_us;
+    c->next_us = now_us() + c->gap_us;
     c->next = ring.next; c->prev = &ring; ring.next->prev = c; ring.next = c;
     streams++;
     if (!put(c, stream, sizeof stream - 1) || !event(c)) return 0;

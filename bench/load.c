@@ -2,7 +2,7 @@
  *
  * load json   PORT PATH CONNECTIONS SECONDS          asks again as soon as it is answered
  * load stream PORT PATH CONNECTIONS SECONDS TOKENS   the same with streams; each event bears the time at which it was sent
- * load hold   PORT PATH CONNECTIONS SECONDS TOKENS   opens the streams, says so on stderr once all have begun, and keeps them
+ * load hold   PORT PATH CONNECTIONS SECONDS TOKENS [GAP_US]   opens the streams, says so on stderr once all have begun, keeps them
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -116,12 +116,13 @@ int main(int argc, char **argv) {
     streaming = hold || !strcmp(argv[1], "stream");
     int count = atoi(argv[4]), all = 0;
     double seconds = atof(argv[5]);
-    char body[512];
+    char body[512], gap[64] = "";
+    if (argc > 7) snprintf(gap, sizeof gap, ",\"gap_us\":%d", atoi(argv[7]));
     signal(SIGPIPE, SIG_IGN);
     address = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(atoi(argv[2])), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int size = snprintf(body, sizeof body,
-        "{\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"What is gravity? Answer in one sentence.\"}],\"max_tokens\":%d%s}",
-        argc > 6 ? atoi(argv[6]) : 14, streaming ? ",\"stream\":true" : "");
+        "{\"model\":\"m\",\"messages\":[{\"role\":\"user\",\"content\":\"What is gravity? Answer in one sentence.\"}],\"max_tokens\":%d%s%s}",
+        argc > 6 ? atoi(argv[6]) : 14, streaming ? ",\"stream\":true" : "", gap);
     request_size = snprintf(request, sizeof request,
         "POST %s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nAuthorization: Bearer sk-bench\r\n"
         "User-Agent: load\r\nAccept: */*\r\nContent-Length: %d\r\n\r\n%s", argv[3], size, body);

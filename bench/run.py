@@ -141,6 +141,7 @@ class Processes:
 def _measure(subject: Subject, processes: Processes, tools: Tools, options: argparse.Namespace) -> Result:
     result = Result(subject.name, subject.version)
     tools.run("json", subject.port, 64, 1)
+    tools.run("stream", subject.port, 100, 1, 20)
     before = processes.cpu_s()
     found = tools.run("json", subject.port, 64, options.seconds)
     result.json_rate = found["rate"]
@@ -172,10 +173,10 @@ def _per_chunk(subject: Subject, processes: Processes, tools: Tools, seconds: fl
 
 
 def _held(subject: Subject, processes: Processes, tools: Tools, count: int) -> float:
-    """KiB that each of `count` streams takes while it is open."""
+    """KiB that each of `count` streams takes while it is open and gets a chunk a second."""
     time.sleep(1)
     before = processes.memory()
-    argv = [str(tools.load), "hold", str(subject.port), CHAT, str(count), "4", "1000000"]
+    argv = [str(tools.load), "hold", str(subject.port), CHAT, str(count), "4", "1000000", "1000000"]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as client:
         assert client.stderr is not None
         client.stderr.readline()

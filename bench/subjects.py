@@ -123,9 +123,10 @@ def caddy(folder: Path, port: int, engine_port: int, procs: int) -> Subject:
 
 def litellm(folder: Path, port: int, engine_port: int, program: str | None) -> Subject:
     """One worker of its proxy."""
-    program = program or shutil.which("litellm") or _script("litellm")
+    beside = Path(sys.prefix) / "litellm/bin/litellm"  # its requirements are many, so it has an environment of its own
+    program = program or shutil.which("litellm") or (str(beside) if beside.exists() else None)
     if program is None:
-        return Subject("LiteLLM", missing="pip install 'litellm[proxy]', or --litellm PATH")
+        return Subject("LiteLLM", missing="make bench installs it; or --litellm PATH")
     path = folder / "litellm.yaml"
     path.write_text(LITELLM.format(engine=engine_port))
     argv = (program, "--config", str(path), "--host", HOST, "--port", str(port), "--num_workers", "1", "--telemetry", "False")

@@ -387,6 +387,7 @@ def test_a_canary_does_not_disturb_work(tmp_path: Path) -> None:
         daemon.pid()
         with daemon.stream("a", 100) as stream:
             assert list(stream)[-1] == "[DONE]"
+        until(lambda: "completed stream 100" in marks(tmp_path / "marks"), "the server has taken note of its end")
         seen = marks(tmp_path / "marks")
         begin, end = seen.index("request POST /v1/chat/completions"), seen.index("completed stream 100")
         assert "request POST /completion" not in seen[begin:end], "none while a request ran"
