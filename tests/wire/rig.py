@@ -24,7 +24,7 @@ from offloadd.proxy.upstream import Pool
 from offloadd.state.access import Access
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import LOCAL, BackendName, InstanceId, ModelName
-from offloadd.state.launch import Endpoint
+from offloadd.state.launch import Endpoint, EngineApi
 from offloadd.state.served import Served
 
 HOST = "127.0.0.1"
@@ -247,6 +247,7 @@ async def rigged(
         book=book,
         desired=lambda: desired,
         pool=pool,
+        api_of=lambda _spec, _engine: EngineApi(),
         cancels_only_streams=lambda _: cancels_only_streams,
         request_id=request_id,
         bears=lambda request: answer_headers(request, door),
