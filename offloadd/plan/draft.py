@@ -21,13 +21,17 @@ from offloadd.state.actions import (
 )
 from offloadd.state.demand import Demand
 from offloadd.state.desired import BackendKind, DesiredState, ModelSpec
-from offloadd.state.ids import LOCAL, DeviceId, DeviceKind, InstanceId, ModelName
+from offloadd.state.ids import LOCAL, BackendName, DeviceId, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Placement
 from offloadd.state.observed import LEAVING, SETTLING, DeviceView, InstanceState, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant, Seconds, counted
 
 FRESH = Seconds(1)
 """Memory of a GPU is given on a reading that is no older than this."""
+
+
+NAMED_STAY = Seconds(60)
+"""So long an instance that was started for a request's word stays at least, beside those that are wanted anyway."""
 
 
 def requests_run(number: int) -> str:
@@ -74,6 +78,12 @@ class Draft:
         """Whether it is a server that we do not run."""
         engine = self.desired.engines.get(view.backend)
         return engine is not None and engine.kind is BackendKind.EXTERNAL
+
+    def named(self, spec: ModelSpec) -> frozenset[BackendName]:
+        """Engines that requests have asked for by name not long ago: an instance of each stays as long as it would when idle."""
+        kept = max(NAMED_STAY, spec.idle_timeout)
+        asked = self.demand.named.get(spec.name, {})
+        return frozenset(name for name, last in asked.items() if self.now - last < kept)
 
     def acted_on(self, view: InstanceView) -> bool:
         """Whether this plan already has an action for the instance."""

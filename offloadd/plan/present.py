@@ -59,7 +59,9 @@ def retire_surplus(draft: Draft, want: Want, fresh: Sequence[InstanceView]) -> N
     """Send away what is beyond the most that is allowed, and what is beyond the wanted number and idle."""
     if any(not is_known(draft, want.spec, view) for view in fresh):
         return  # one of them may be stale and about to be replaced by the other: wait until that is known
-    by_worth = sorted(fresh, key=lambda v: (v.state is not InstanceState.READY, -draft.leases(v), v.id))
+    asked = [next((view for view in fresh if view.backend == name), None) for name in sorted(draft.named(want.spec))]
+    others = [view for view in fresh if view not in asked]
+    by_worth = sorted(others, key=lambda v: (v.state is not InstanceState.READY, -draft.leases(v), v.id))
     for view in by_worth[want.most :]:
         draft.retire(view, StopReason.UNWANTED, f"{want.most} wanted, {len(fresh)} there")
     for view in by_worth[want.count : want.most]:

@@ -61,10 +61,30 @@ def settle(draft: Draft, want: Want) -> None:
         draft.decide(describe(draft, want, Outcome(state=ModelState.OFF, sentence=f"off: {want.why}")))
         return
     fresh, stale = present(draft, want.spec)
-    outcome = _start_missing(draft, want, want.count - len(fresh))
+    asked = _start_named(draft, want)
+    outcome = _start_missing(draft, want, want.count - len(fresh) - len(asked.started))
     if outcome.in_the_way:
         retire_stale(draft, stale)
+    outcome.started = [*asked.started, *outcome.started]
+    if outcome.state is None:
+        outcome.state, outcome.sentence = asked.state, asked.sentence
+    outcome.engines.update(asked.engines)
     draft.decide(describe(draft, want, outcome))
+
+
+def _start_named(draft: Draft, want: Want) -> Outcome:
+    """One instance on each engine that waiting requests ask for by name, where none is there or on its way."""
+    there = {view.backend for view in present(draft, want.spec)[0]}
+    missing = draft.demand.waiting_for.get(want.spec.name, frozenset()) - there
+    outcome = Outcome()
+    if not missing:
+        return outcome
+    offers = _startable(draft, want, Outcome())
+    for name in sorted(missing):
+        own = [offer for offer in offers if offer[0].backend == name]
+        if own and (action := _start_one(draft, want, own, outcome)):
+            outcome.started = [*outcome.started, action]
+    return outcome
 
 
 def grow(draft: Draft, want: Want) -> None:

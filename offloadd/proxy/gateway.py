@@ -318,7 +318,7 @@ class Gateway:
     ) -> _Holding:
         async def acquire() -> Lease:
             comfort = None if patient is None else self._comfort(patient)
-            return lease or await self._book.acquire(spec, while_waiting=comfort, conversation=conversation)
+            return lease or await self._book.acquire(spec, while_waiting=comfort, conversation=conversation, backend=backend)
 
         return _Holding(self._book, acquire, backend)
 

@@ -70,6 +70,8 @@ class _Line:
     """One model's queue."""
 
     spec: ModelSpec
+    backend: BackendName | None = None
+    """The engine that its requests ask for by name."""
     waiters: deque[_Waiter] = field(default_factory=deque)
 
 
@@ -92,6 +94,9 @@ class LeaseBook:
         self._decision = decision
         self._wake = wake
         self._lines: dict[ModelName, _Line] = {}
+        self._named: dict[ModelName, dict[BackendName, _Line]] = {}
+        """Requests that name an engine stand in a line of their own: those of another must not wait for it."""
+        self._asked: dict[ModelName, dict[BackendName, Instant]] = {}
         self._leases: dict[InstanceId, set[Lease]] = {}
         self._counts: dict[InstanceId, int] = {}
         """Leases that take a slot."""
@@ -108,20 +113,21 @@ class LeaseBook:
         *,
         while_waiting: Callable[[Seconds], Awaitable[None]] | None = None,
         conversation: int | None = None,
+        backend: str | None = None,
     ) -> Lease:
         """Wait for an instance of the model; RequestError when it is refused or has waited too long.
 
         A `conversation` returns to the instance that has it in its cache, as long as that is not much busier than the others.
         While it waits, `while_waiting` is called every KEEPALIVE with the time waited: a streaming client may be sent a sign then.
-        If it raises, the request leaves the queue. Whoever gets a lease must `release` it.
+        If it raises, the request leaves the queue. `backend` is the only engine that will do.
+        Whoever gets a lease must `release` it.
         """
         if self._closed:
             raise RequestError(503, "shutting_down", self._closed, retry_after=Seconds(5))
         now = self._clock.now()
         self._last_used[spec.name] = now
-        line = self._lines.setdefault(spec.name, _Line(spec))
-        line.spec = spec
-        lease = self._try(spec, len(line.waiters), since=now, conversation=conversation)
+        line = self._line(spec, None if backend is None else BackendName(backend), now)
+        lease = self._try(line, len(line.waiters), since=now, conversation=conversation)
         if lease is not None:
             return lease
         granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
@@ -146,7 +152,7 @@ class LeaseBook:
         if model in self._lines:  # else the config has dropped it meanwhile
             self._last_used[model] = self._clock.now()
         self._serve(model)
-        if not self._held(lease.host.instance) or any(line.waiters for line in self._lines.values()):
+        if not self._held(lease.host.instance) or any(line.waiters for line in self._all_lines()):
             self._wake()  # else nothing has changed that a plan could turn on
 
     def forget(self, instance: InstanceId) -> None:
@@ -169,7 +175,7 @@ class LeaseBook:
     def close(self, why: str) -> None:
         """Take no new request, and refuse those that wait."""
         self._closed = why
-        for line in self._lines.values():
+        for line in self._all_lines():
             _refuse_all(line, RequestError(503, "shutting_down", why, retry_after=Seconds(5)))
 
     def running(self) -> frozenset[Lease]:
@@ -178,9 +184,14 @@ class LeaseBook:
 
     def demand(self) -> Demand:
         """What the planner needs to know."""
-        lines = {model: line.waiters for model, line in self._lines.items() if line.waiters}
+        lines = {model: [waiter for line in self._lines_of(model) for waiter in line.waiters] for model in self._lines}
+        oldest = {model: min(waiter.since for waiter in waiters) for model, waiters in lines.items() if waiters}
         return Demand(
-            waiting={model: Waiting(count=len(waiters), oldest=waiters[0].since) for model, waiters in lines.items()},
+            waiting={model: Waiting(count=len(lines[model]), oldest=since) for model, since in oldest.items()},
+            named={model: dict(asked) for model, asked in self._asked.items()},
+            waiting_for={
+                model: frozenset(name for name, line in named.items() if line.waiters) for model, named in self._named.items()
+            },
             leases={instance: self._held(instance) for instance in self._leases if self._held(instance)},
             last_used=dict(self._last_used),
             idle_since={instance: at for instance, at in self._idle_since.items() if not self._held(instance)},
@@ -188,14 +199,18 @@ class LeaseBook:
 
     def forget_models(self, kept: Callable[[ModelName], ModelSpec | None]) -> None:
         """Follow a new config: refuse waiters of models that are gone, and keep books of no others."""
-        for model, line in list(self._lines.items()):
+        for model in list(self._lines):
             spec = kept(model)
             if spec is not None:
-                line.spec = spec
+                for line in self._lines_of(model):
+                    line.spec = spec
                 continue
-            _refuse_all(line, RequestError(404, "model_not_found", f"{model} was removed from the config while the request waited"))
+            for line in self._lines_of(model):
+                why = f"{model} was removed from the config while the request waited"
+                _refuse_all(line, RequestError(404, "model_not_found", why))
             del self._lines[model]
-            self._last_used.pop(model, None)
+            for books in (self._named, self._asked, self._last_used):
+                books.pop(model, None)
 
     async def _wait(self, line: _Line, waiter: _Waiter, told: Callable[[Seconds], Awaitable[None]] | None) -> Lease:
         line.waiters.append(waiter)
@@ -244,14 +259,17 @@ class LeaseBook:
         return RequestError(504, "wait_timeout", message, retry_after=retry_after(decision))
 
     def _serve(self, model: ModelName) -> None:
-        line = self._lines.get(model)
-        while line and line.waiters:
+        for line in self._lines_of(model):
+            self._serve_line(line)
+
+    def _serve_line(self, line: _Line) -> None:
+        while line.waiters:
             waiter = line.waiters[0]
             if waiter.granted.done():
                 line.waiters.popleft()
                 continue
             try:
-                lease = self._try(line.spec, 0, since=waiter.since, conversation=waiter.conversation)
+                lease = self._try(line, 0, since=waiter.since, conversation=waiter.conversation)
             except RequestError as refusal:
                 _refuse_all(line, refusal)
                 return
@@ -260,8 +278,25 @@ class LeaseBook:
             line.waiters.popleft()
             waiter.granted.set_result(lease)
 
-    def _try(self, spec: ModelSpec, waiting: int, *, since: Instant, conversation: int | None = None) -> Lease | None:
-        hosts = self._hosts(spec.name)
+    def _line(self, spec: ModelSpec, backend: BackendName | None, now: Instant) -> _Line:
+        """Where a request for this engine, or for any, queues."""
+        line = self._lines.setdefault(spec.name, _Line(spec))
+        if backend is not None:
+            self._asked.setdefault(spec.name, {})[backend] = now
+            line = self._named.setdefault(spec.name, {}).setdefault(backend, _Line(spec, backend))
+        line.spec = spec
+        return line
+
+    def _lines_of(self, model: ModelName) -> list[_Line]:
+        plain = self._lines.get(model)
+        return [*([plain] if plain else []), *self._named.get(model, {}).values()]
+
+    def _all_lines(self) -> list[_Line]:
+        return [line for model in self._lines for line in self._lines_of(model)]
+
+    def _try(self, line: _Line, waiting: int, *, since: Instant, conversation: int | None = None) -> Lease | None:
+        spec = line.spec
+        hosts = [host for host in self._hosts(spec.name) if line.backend in (None, host.backend)]
         known = self.memory.place(conversation) if len(hosts) > 1 else None
         now = self._clock.now()
         answer = admit(spec, self._decision(spec.name), [self._seat(host) for host in hosts], waiting, now=now, known=known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from offloadd.state.ids import DeviceId, InstanceId, ModelName
+from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
 from offloadd.units import Bytes, Instant
 
 
@@ -54,6 +54,10 @@ class Demand:
     leases: Mapping[InstanceId, int] = field(default_factory=dict)
     last_used: Mapping[ModelName, Instant] = field(default_factory=dict)
     """When a request for the model last arrived or ended."""
+    named: Mapping[ModelName, Mapping[BackendName, Instant]] = field(default_factory=dict)
+    """When a request last asked for one engine of the model by its name."""
+    waiting_for: Mapping[ModelName, frozenset[BackendName]] = field(default_factory=dict)
+    """Engines that waiting requests ask for by name."""
     idle_since: Mapping[InstanceId, Instant] = field(default_factory=dict)
     """When the last request that an instance held ended; absent when it never held one, or holds one now."""
     loans: Mapping[str, Loan] = field(default_factory=dict)

@@ -128,6 +128,30 @@ def test_one_whose_engine_is_stuck_is_found_out(tmp_path: Path) -> None:
         until(lambda: daemon.pids() not in ([], [first]), "another is started", 20)
 
 
+# --- chosen ---
+
+
+def test_a_request_may_name_its_engine_which_is_started_beside_the_other(tmp_path: Path) -> None:
+    with daemon_of(tmp_path, {"a": served_by("llamacpp", "vllm")}) as daemon:
+        assert daemon.chat().headers["X-Offloadd-Backend"] == "llamacpp"
+        first = daemon.pid()
+        assert daemon.chat(backend="vllm").headers["X-Offloadd-Backend"] == "vllm"
+        assert daemon.chat(backend="llamacpp").headers["X-Offloadd-Backend"] == "llamacpp"
+        assert alive(first)
+        assert daemon.chat(backend="tgi").status == 400
+        assert daemon.events(tokens=3, backend="vllm")[-1] == "[DONE]"
+
+
+def test_a_request_whose_engine_dies_under_it_goes_to_the_next(tmp_path: Path, away: Elsewhere) -> None:
+    # Every launch of the first engine dies of the first request that it gets, before a byte of an answer.
+    fragile = served_by("llamacpp", "cloud", env={"STANDIN_CRASH_ON_REQUEST": "1"}, restart={"backoff": "30s"})
+    with daemon_of(tmp_path, {"a": fragile}, away.entry) as daemon:
+        reply = daemon.chat()
+        assert (reply.status, reply.headers["X-Offloadd-Backend"]) == (200, "cloud")
+        assert "before, the backend a-1 (llamacpp) was lost" in reply.headers["X-Offloadd-Reason"]
+        assert "a-1 (llamacpp) was lost" in daemon.log
+
+
 # --- and passed over ---
 
 

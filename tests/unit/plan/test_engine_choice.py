@@ -11,7 +11,8 @@ from offloadd.state.desired import BackendKind, DesiredState, Engine, RunMode
 from offloadd.state.ids import HOST_RAM, LOCAL, DeviceId, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Candidate, Placement, VramEstimate
 from offloadd.state.observed import DeviceView, InstanceState, ObservedState
-from tests.unit.plan.build import ALPHA, BETA, NOW, Scene, ended, gib, offer, spec, view
+from offloadd.units import Instant
+from tests.unit.plan.build import ALPHA, BETA, NOW, Scene, ended, gib, offer, spec, view, waits
 
 GPU = DeviceId(LOCAL, "GPU-a")
 ELASTIC = VramEstimate(total=gib(4), basis="given", elastic=True)
@@ -88,6 +89,43 @@ def test_what_is_elsewhere_serves_until_the_one_here_is_ready() -> None:
     answer = with_cloud(scene, cloud(), here(InstanceState.READY))
     assert acts(answer) == ["stop m-1"]
     assert "which comes first" in answer.actions[0].why  # type: ignore[union-attr]
+
+
+# --- engines that requests name ---
+
+
+def named(scene: Scene, *views: object, ago: float = 1.0, waits_for: bool = True) -> Plan:
+    """The same machine, with a request that asks for BETA."""
+    observed = ObservedState(
+        instances={each.id: each for each in views},  # type: ignore[attr-defined]
+        devices={HOST_RAM: DeviceView(id=HOST_RAM, kind=DeviceKind.HOST, name="RAM", total=gib(16), free=gib(12))},
+        candidates=scene.candidates,
+    )
+    m = ModelName("m")
+    demand = Demand(
+        waiting={m: waits(1)} if waits_for else {},
+        named={m: {BETA: Instant(NOW - ago)}},
+        waiting_for={m: frozenset({BETA})} if waits_for else {},
+        last_used={m: Instant(NOW - ago)},
+    )
+    return plan(DesiredState(models=scene.models), observed, demand, now=NOW)
+
+
+def test_an_engine_that_a_request_names_is_started_and_no_other_for_it() -> None:
+    scene = Scene(spec("m", backends=(ALPHA, BETA))).offers("m", offer(4), offer(4, "b", backend=BETA))
+    (start,) = named(scene).actions
+    assert isinstance(start, StartInstance)
+    assert start.candidate.backend == BETA
+
+
+def test_it_is_started_beside_the_one_that_runs_and_both_stay_a_while() -> None:
+    scene = Scene(spec("m", backends=(ALPHA, BETA))).offers("m", offer(2), offer(2, "b", backend=BETA))
+    first = view("m-1", 2, spec=scene.models[ModelName("m")])
+    assert acts(named(scene, first)) == ["start m-2"]
+    second = view("m-2", 2, spec=scene.models[ModelName("m")], backend=BETA, fingerprint="b")
+    assert acts(named(scene, first, second, waits_for=False)) == []
+    pinned = Scene(spec("m", run=RunMode.ALWAYS, backends=(ALPHA, BETA))).offers("m", offer(2), offer(2, "b", backend=BETA))
+    assert acts(named(pinned, first, second, waits_for=False, ago=601.0)) == ["stop m-2"]
 
 
 # --- engines that measure their GPU load alone on it ---
