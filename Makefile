@@ -4,9 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-ENGINES_DIR ?= $(or $(OFFLOADD_ENGINES),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/offloadd/engines)
-
-.PHONY: bench engines faults demo test clients lint format clean
+.PHONY: bench engines faults demo test clients lint format clean systemd install-units
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
@@ -25,6 +23,17 @@ engines: $(READY)  ## the real vLLM for CPUs, 3.4 GB in OFFLOADD_ENGINES or the 
 
 bench: $(VENV)/.bench  ## the data plane against other proxies, all before one fast engine; ARGS='--llama-swap PATH' adds one more
 	$(BIN)/python -m bench.run $(ARGS)
+
+systemd: $(READY)  ## the shipped units: verified by three versions of systemd, and run by a real one in a namespace of its own
+	$(BIN)/python -m pytest -rs tests/integration/test_units.py tests/e2e/test_systemd.py
+
+install-units:  ## units, users, folders and message catalogue, below DESTDIR; the drop-in for systemd 254 and newer where that runs
+	install -Dm644 -t $(DESTDIR)/usr/lib/systemd/system systemd/*.service systemd/*.socket
+	install -Dm644 -t $(DESTDIR)/usr/lib/sysusers.d systemd/sysusers.d/*.conf
+	install -Dm644 -t $(DESTDIR)/usr/lib/tmpfiles.d systemd/tmpfiles.d/*.conf
+	install -Dm644 -t $(DESTDIR)/usr/lib/systemd/catalog systemd/offloadd.catalog
+	if [ "$$(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p')" -ge 254 ]; then \
+	  install -Dm644 -t $(DESTDIR)/usr/lib/systemd/system/ml-offload-api.service.d systemd/drop-ins/notify-reload.conf; fi
 
 lint: $(READY)  ## style, types, and the rule of which layer may import which
 	$(BIN)/ruff check --config .ci/ruff.toml .

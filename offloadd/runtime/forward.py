@@ -15,9 +15,12 @@ CHUNK = 64 * 1024
 """Bytes of one instance that are passed on at once; what is beyond them stays in its file only."""
 LINES = 200
 """Lines of one instance that are passed on at once."""
-_ERROR = re.compile(r"^E\s|\b(error|fatal|critical|traceback|exception|panic|abort(ed)?|out of memory|failed)\b", re.IGNORECASE)
-_WARNING = re.compile(r"^W\s|\bwarn(ing)?\b", re.IGNORECASE)
-_DEBUG = re.compile(r"^D\s|\b(debug|trace)\b", re.IGNORECASE)
+_LEVEL = re.compile(r"(?:\([^)]{1,60}\)\s*)?(?:[\d.:]+\s+)?(E|W|I|D|ERROR|CRITICAL|WARNING|INFO|DEBUG)\s")
+"""How llama-server (`0.00.822.022 W srv …`) and vLLM (`(EngineCore) ERROR 11-25 …`) begin a line."""
+_LEVELS = {"E": 3, "ERROR": 3, "CRITICAL": 2, "W": 4, "WARNING": 4, "I": 6, "INFO": 6, "D": 7, "DEBUG": 7}
+_ERROR = re.compile(r"\b(error|fatal|critical|traceback|exception|panic|abort(ed)?|out of memory|failed)\b", re.IGNORECASE)
+_WARNING = re.compile(r"\bwarn(ing)?\b", re.IGNORECASE)
+_DEBUG = re.compile(r"\b(debug|trace)\b", re.IGNORECASE)
 _NOT_ONE = re.compile(r"\b(no|0|without) (error|failure)s?\b|\berrors?[=:]\s*(0|none|false)\b", re.IGNORECASE)
 
 
@@ -60,7 +63,10 @@ class Forwarder:
 
 
 def priority_of(line: str) -> int:
-    """What an engine's line is worth, by its own words: 3 an error, 4 a warning, 7 for who debugs, 6 the rest."""
+    """What an engine's line is worth, by the level that it names, else by its words: 3 an error, 4 a warning, 6 the rest."""
+    named = _LEVEL.match(line)
+    if named:
+        return _LEVELS[named[1]]
     if _NOT_ONE.search(line):
         return 6
     return next((level for pattern, level in ((_ERROR, 3), (_WARNING, 4), (_DEBUG, 7)) if pattern.search(line)), 6)

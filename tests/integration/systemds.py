@@ -77,8 +77,12 @@ def newer(version: int) -> Systemd:
 
 
 def _unpack(version: int, tree: Path) -> None:
-    suite, packages = _NEWER[version]
-    work = tree.with_name(f"{version}-{os.getpid()}")
+    unpack(tree, *_NEWER[version])
+
+
+def unpack(tree: Path, suite: str, packages: Sequence[str]) -> None:
+    """Fetch packages of a suite and unpack them into a folder; OSError or SubprocessError where that cannot be done."""
+    work = tree.with_name(f"{tree.name}-{os.getpid()}")
     (work / "lists/partial").mkdir(parents=True)
     (work / "cache/archives/partial").mkdir(parents=True)
     (work / "debs").mkdir()

@@ -1,0 +1,7 @@
+{ ... }:
+{
+  kernelcore.ml.offload = {
+    enable = true;
+    settings.models.small.source = "small.gguf";
+  };
+}
