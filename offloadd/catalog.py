@@ -64,6 +64,10 @@ class Catalog:
         """The same as `specs` for another config."""
         return serve_found(config, self.discovery.found if config.discovery.enabled else {}, self._backends).specs
 
+    def served_by(self, config: DesiredState) -> DesiredState:
+        """What `desired` would be with another config."""
+        return serve_found(config, self._found(config), self._backends).desired
+
     def facts(self) -> Mapping[str, ModelFacts]:
         """What is known of the files of found models, by path."""
         return self.discovery.facts if self._config().discovery.enabled else {}

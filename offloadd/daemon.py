@@ -30,6 +30,7 @@ from offloadd.api.patience import IDLE, Patience
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.preview import Change, plan_route
 from offloadd.api.problems import Problems, changed_at_start, of_listeners, of_memory, of_models, of_processes
+from offloadd.api.pulls import pull_routes
 from offloadd.api.recent import Recent
 from offloadd.api.service import Service
 from offloadd.backends.base import Backend, backend_of
@@ -58,6 +59,7 @@ from offloadd.proxy.keeping import KeepBook
 from offloadd.proxy.leases import Host, LeaseBook
 from offloadd.proxy.upstream import Pool
 from offloadd.registry.content import content_of_model
+from offloadd.registry.hub.jobs import Pulls
 from offloadd.registry.lives import LifeBook
 from offloadd.registry.readers import read_model
 from offloadd.runtime.executor import Executor
@@ -173,6 +175,9 @@ class Daemon:
         self._chronicle = Chronicle(registry_of(store.applied.desired.storage), clock)
         self._files = asyncio.Event()
         self._catalog = Catalog(lambda: store.applied.desired, backends, self._chronicle.recorder, self._files.set)
+        self._pulls = Pulls(
+            folder=lambda: store.applied.desired.storage.models_path[0], wall=clock.wall, landed=self._catalog.discovery.look_soon
+        )
         self._look_soon = asyncio.Event()
         self._read_now = asyncio.Event()
         self._begun = store.applied.desired
@@ -237,6 +242,7 @@ class Daemon:
             self._end_signals()
             for task in tasks:
                 task.cancel()
+        await self._pulls.close()
         await self._chronicle.close()
         await asyncio.to_thread(self._lives.close)
         self._launcher.close()
@@ -354,6 +360,7 @@ class Daemon:
         by_hand = by_hand_routes(self._wishes, gateway.find, self._decision)
         routes = [*with_another_try([*gateway.routes(), *dialects]), borrow, logs, *by_hand]
         routes.append(plan_route(self._preview))
+        routes += pull_routes(self._pulls)
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
@@ -399,7 +406,7 @@ class Daemon:
         loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=SystemSecrets())
         if loaded.desired is None:
             return loaded, None
-        new = self._catalog.with_config(loaded.desired)
+        new = self._catalog.served_by(loaded.desired)
         candidates = await self._observer.preview(new)
         old, observed, demand, now = self._desired(), self._observed(), self._demand(), self._clock.now()
         site = Site(devices=observed.devices, accounts={})

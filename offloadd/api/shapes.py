@@ -104,6 +104,24 @@ BORROW = {
     "additionalProperties": False,
 }
 NAME: Schema = {"type": "string", "minLength": 1}
+PULLED = {**thing({"source": {"type": "string", "examples": ["ORG/NAME:Q4_K_M"]}}), "additionalProperties": False}
+PULL = thing(
+    {
+        "id": TEXT,
+        "source": TEXT,
+        "folder": TEXT,
+        "created_at": WALL,
+        "state": {"enum": ["waiting", "asking", "chosen", "downloading", "verifying", "landed", "failed", "cancelled"]},
+        "file": TEXT,
+        "files": listed(TEXT),
+        "total_bytes": maybe(BYTES),
+        "done_bytes": BYTES,
+        "message": TEXT,
+        "hint": TEXT,
+        "paths": listed(TEXT),
+    }
+)
+PULLS = thing({"pulls": listed(PULL)})
 _MODEL = {"model": NAME}
 _ROUTING: dict[str, Schema] = {"stream": YES}
 _ROLES = ("system", "developer", "user", "assistant", "tool")

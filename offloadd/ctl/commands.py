@@ -38,8 +38,8 @@ def status(context: typer.Context, as_json: JsonOption = False) -> None:
 
 @app.command()
 def models(context: typer.Context, as_json: JsonOption = False) -> None:
-    """Every model, its state and why."""
-    show.show(context.obj.get("/models"), as_json, show.models_table)
+    """Every model, configured or found on disk: its state, what it is, where it fits and why."""
+    show.show(context.obj.get("/models"), as_json, show.catalog_table)
 
 
 @app.command()

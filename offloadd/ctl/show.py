@@ -58,6 +58,36 @@ def table(*columns: str) -> Table:
     return Table(*columns, box=None, pad_edge=False, header_style="bold")
 
 
+def catalog_table(answer: Any) -> Table:
+    """Every model there is: configured, found on disk, still running; what it is, and where it fits."""
+    result = table("model", "origin", "state", "fits", "on", "size", "quant", "params", "context", "can", "requests", "why")
+    for entry in answer["data"]:
+        own = entry["offloadd"]
+        fitting = [offer["name"] for offer in own["backends"] if offer["available"] and offer["fits"] == own["fits"]]
+        result.add_row(
+            entry["id"],
+            own["origin"] if own["served"] else f"{own['origin']}, not served",
+            state(own["state"]),
+            own["fits"],
+            " ".join(fitting) or "-",
+            "-" if own["size_bytes"] is None else format_bytes(own["size_bytes"]),
+            own["quantization"] or "-",
+            _billions(own["parameters"]),
+            str(own["context"]),
+            " ".join(own["capabilities"]) or "-",
+            str(own["usage"]["requests"]),
+            Text(own["reason"]),
+        )
+    return result
+
+
+def _billions(count: int | None) -> str:
+    """Parameters as people say them: `8.0B`, `135M`."""
+    if not count:
+        return "-"
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
+
+
 def models_table(answer: Json) -> Table:
     """`/models`: name, state, whether it fits, queue, and the sentence why."""
     rows = table("model", "state", "fits", "waiting", "why")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from offloadd.units import Bytes
 
 MODEL, PROJECTOR, ADAPTER = "model", "mmproj", "adapter"
 _UNFINISHED = (".part", ".partial", ".aria2", ".crdownload", ".download", ".incomplete")
-_PROJECTOR_WORDS = frozenset({"mmproj", "f16", "bf16", "f32", "q8", "0", "model", "gguf", "fp16"})
+_EVERYBODYS = re.compile(r"mmproj|model|gguf|b?f\d+|fp\d+|i?q\d.*|[kmsl]|\d+(?:x\d+)?[bm]?|it|instruct|chat|base|v\d+|ud|vision|vl")
 _PREFERRED = ("F16", "BF16", "Q8_0", "F32")
 
 
@@ -59,10 +60,16 @@ class _Files:
     marks: tuple[Mark, ...]
     missing: str = ""
 
+    @property
+    def name(self) -> str:
+        """Of the first."""
+        return self.paths[0].rpartition("/")[2]
+
 
 def drafts_of(folder: Folder, headers: Headers) -> list[Draft]:
     """Everything in the folder that is a model or belongs to one."""
-    found = [_gguf(folder, files, headers) for files in _gguf_files(folder)]
+    present = frozenset(folder.names)
+    found = [_gguf(folder, files, present, headers) for files in _gguf_files(folder)]
     found += _weights(folder, headers)
     found += [_troubled(folder, name, why) for name, why in folder.troubles.items() if name.lower().endswith(".gguf")]
     models = [draft for draft in found if draft.kind == MODEL]
@@ -88,8 +95,8 @@ def _gguf_files(folder: Folder) -> Iterator[_Files]:
         yield _Files(stem, tuple(path for path, _ in ordered), tuple(mark for _, mark in ordered), said)
 
 
-def _gguf(folder: Folder, files: _Files, headers: Headers) -> Draft:
-    begun = next((name for name in folder.names if _is_unfinished(name, files.paths[0])), None)
+def _gguf(folder: Folder, files: _Files, present: frozenset[str], headers: Headers) -> Draft:
+    begun = next((f"{name}{ending}" for ending in _UNFINISHED if (name := files.name) + ending in present), None)
     if files.missing or begun:
         problem = files.missing or f"is still being downloaded ({begun} is there)"
         facts = ModelFacts(
@@ -145,11 +152,6 @@ def _repository(folder: Folder) -> str:
 
 def _is_below(folder: Folder) -> bool:
     return folder.path.startswith(folder.store.path.rstrip("/") + "/")
-
-
-def _is_unfinished(name: str, path: str) -> bool:
-    """Whether the file is another program's mark that `path` is not whole yet."""
-    return name.endswith(_UNFINISHED) and name.rpartition(".")[0] == path.rpartition("/")[2]
 
 
 def _weights(folder: Folder, headers: Headers) -> Iterator[Draft]:
@@ -215,5 +217,7 @@ def _rank(model: Draft, projector: Draft) -> tuple[int, int, str]:
     return -len(_words(model.stem) & _words(projector.stem)), preference, projector.path
 
 
-def _words(stem: str) -> set[str]:
-    return set(re.split(r"[-_.]+", stem.lower())) - _PROJECTOR_WORDS
+@functools.lru_cache(maxsize=4096)
+def _words(stem: str) -> frozenset[str]:
+    """What a name says of the family; sizes, quantizations and what many are called say nothing."""
+    return frozenset(word for word in re.split(r"[-_.]+", stem.lower()) if word and not _EVERYBODYS.fullmatch(word))

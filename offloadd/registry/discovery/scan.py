@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,8 +122,8 @@ class Scanner:
     def _named(self, drafts: Sequence[Draft]) -> dict[str, Found]:
         names = assign({draft.path: slug(draft.stem, draft.path) for draft in drafts}, self._names)
         self._names.update(names)
-        models = [draft for draft in drafts if draft.kind == MODEL]
-        bases = {draft.path: _base_of(draft, models) for draft in drafts if draft.kind == ADAPTER}
+        known = _Bases([draft for draft in drafts if draft.kind == MODEL])
+        bases = {draft.path: known.of(draft) for draft in drafts if draft.kind == ADAPTER}
         adapters: dict[str, list[str]] = {}
         for path, base in bases.items():
             if base is not None:
@@ -193,28 +194,40 @@ def _without_base(draft: Draft) -> ModelFacts:
     )
 
 
-def _base_of(adapter: Draft, models: Sequence[Draft]) -> Draft | None:
-    """The model that an adapter is for: of its architecture, and of the name that it gives, or the only one beside it."""
-    if adapter.shape is None or adapter.format is not Format.GGUF:
-        return None
-    fitting = [
-        model
-        for model in models
-        if model.shape and not model.facts.problem and model.format is Format.GGUF
-        if model.shape.architecture == adapter.shape.architecture
-    ]
-    wanted = _plain(adapter.shape.base)
-    if wanted:
-        fitting = [model for model in fitting if _is_called(model, wanted)]
-    else:
-        beside = [model for model in fitting if model.folder == adapter.folder]
-        fitting = beside if len(beside) == 1 else []
-    return min(fitting, key=lambda model: (model.folder != adapter.folder, model.store != adapter.store, model.path), default=None)
+class _Bases:
+    """Models by what they are called, so that very many adapters find theirs among very many models at once."""
 
+    def __init__(self, models: Sequence[Draft]) -> None:
+        fit = [model for model in models if model.shape and not model.facts.problem and model.format is Format.GGUF]
+        self._beside: dict[tuple[str, str], list[Draft]] = {}
+        named: set[tuple[str, str, int]] = set()
+        for index, model in enumerate(fit):
+            architecture = model.shape.architecture if model.shape else ""
+            self._beside.setdefault((architecture, model.folder), []).append(model)
+            for name in (model.shape.name if model.shape else "", model.stem, PurePosixPath(model.folder).name):
+                named.add((architecture, _plain(name), index))
+        self._fit, self._named = fit, sorted(named)
 
-def _is_called(model: Draft, wanted: str) -> bool:
-    names = [model.shape.name if model.shape else "", model.stem, PurePosixPath(model.folder).name]
-    return any(_plain(name).startswith(wanted) for name in names)
+    def of(self, adapter: Draft) -> Draft | None:
+        """The model that an adapter is for: of its architecture, and of the name that it gives, or the only one beside it."""
+        if adapter.shape is None or adapter.format is not Format.GGUF:
+            return None
+        architecture, wanted = adapter.shape.architecture, _plain(adapter.shape.base)
+        if wanted:
+            fitting = list(self._called(architecture, wanted))
+        else:
+            beside = self._beside.get((architecture, adapter.folder), [])
+            fitting = beside if len(beside) == 1 else []
+        return min(
+            fitting, key=lambda model: (model.folder != adapter.folder, model.store != adapter.store, model.path), default=None
+        )
+
+    def _called(self, architecture: str, wanted: str) -> Iterator[Draft]:
+        """Those with a name that begins so."""
+        at = bisect.bisect_left(self._named, (architecture, wanted, -1))
+        while at < len(self._named) and self._named[at][0] == architecture and self._named[at][1].startswith(wanted):
+            yield self._fit[self._named[at][2]]
+            at += 1
 
 
 def _plain(text: str) -> str:
