@@ -64,8 +64,8 @@ class RepairTurn:
 
     def _choice(self, choice: Object) -> Object:
         reason = choice.get("finish_reason")
-        if reason is None:
-            return choice
+        if not reason:
+            return {**choice, "finish_reason": None}  # TGI says "" of a text that goes on
         self._finished.add(choice.get("index", 0))
         return {**choice, "finish_reason": _FINISHES.get(reason, reason)}
 
