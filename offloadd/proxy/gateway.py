@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -102,13 +101,13 @@ class Gateway:
         bodies.check(spec, self._api_of, posted, request.path)
         posted = posted.ruled(spec)
         patient = request if posted.head.stream and posted.form is None else None
-        async with self._leased(spec, backend=head.backend, conversation=head.conversation(spec), patient=patient) as held:
-            lease, as_json = held.lease, posted.form is None
+        async with self.leased(spec, backend=head.backend, conversation=head.conversation(spec), patient=patient) as lease:
+            as_json = posted.form is None
             path = speech.speaks(spec, lease.host.api, request.path)
             body = posted.for_engine(lease.host.api)
             if as_json and not posted.head.stream and (fields := self._collectable(lease, path, body)):
                 return await self._collected(request, lease, path, fields)
-            return await self._answer(request, held, self._call(request, lease, path, body, as_json=as_json), posted.head)
+            return await self._answer(request, lease, self._call(request, lease, path, body, as_json=as_json), posted.head)
 
     async def inference(self, request: web.Request) -> web.StreamResponse:
         """`POST /inference`: the plain shape, streaming or not."""
@@ -155,22 +154,6 @@ class Gateway:
         call = self._call(request, lease, path, msgspec.json.encode(body), as_json=True)
         return sse.decode((await self._read(lease, call)).body)
 
-    @asynccontextmanager
-    async def leased(
-        self,
-        spec: ModelSpec,
-        *,
-        backend: str | None = None,
-        conversation: int | None = None,
-        patient: web.Request | None = None,
-    ) -> AsyncIterator[Lease]:
-        """An instance of the model, held until the block ends.
-
-        `patient` is a request whose client wants server-sent events: while it waits, it is shown that it is not forgotten.
-        """
-        async with self._leased(spec, backend=backend, conversation=conversation, patient=patient) as held:
-            yield held.lease
-
     def tell_begun(self, request: web.Request, error: RequestError) -> web.StreamResponse | None:
         """Tell an error within an answer that has begun while its request still waited; None when it has not."""
         stream: Stream | None = request.get(EARLY)
@@ -194,9 +177,9 @@ class Gateway:
         """`/upstream/{model}/{path}`: anything else that one model's server offers, WebSockets included."""
         spec = self.find(request.match_info["model"])
         lease = self._book.borrow(spec) if request.method in ("GET", "HEAD") else None
-        async with self._leased(spec, lease) as held:
-            call = self._call(request, held.lease, routing.upstream_target(request.rel_url), None)
-            return await self._stream(request, held.lease, await self._with_body(request, call))
+        async with self.leased(spec, lease) as held:
+            call = self._call(request, held, routing.upstream_target(request.rel_url), None)
+            return await self._stream(request, held, await self._with_body(request, call))
 
     async def _with_body(self, request: web.Request, call: relay.Call) -> relay.Call:
         """The call with the body that comes with the request: a small one read first, a large one passed on as it comes."""
@@ -239,14 +222,13 @@ class Gateway:
             raise
         return stream.release()
 
-    async def _answer(self, request: web.Request, held: _Held, call: relay.Call, head: routing.Head) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, lease: Lease, call: relay.Call, head: routing.Head) -> web.StreamResponse:
         """The engine's own answer, as a stream or whole, put right where the engine needs it."""
-        lease, model = held.lease, held.lease.host.instance.model
+        model = lease.host.instance.model
         api, number = lease.host.api, f"chatcmpl-{self._request_id(request)}"
         if head.stream:
             return await self._stream(request, lease, call, openai_streams.repair(call.path, api, head.n, model, number))
-        only_streams = self._cancels_only_streams(lease.host.backend)
-        answer = await (self._to_the_end(held, call) if only_streams else self._read(lease, call))
+        answer = await self._read(lease, call)
         body = answer.body
         if not api.exact and b"json" in headers.field(answer.fields, b"content-type").lower():
             body = msgspec.json.encode(openai_streams.put_right(call.path, sse.decode(body), model, number))
@@ -267,27 +249,31 @@ class Gateway:
         return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.gathered()))
 
     async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
+        only_streams = self._cancels_only_streams(lease.host.backend)
+        return await (self._to_the_end(lease, call) if only_streams else self._read_now(lease, call))
+
+    async def _read_now(self, lease: Lease, call: relay.Call) -> relay.Answer:
         reading = relay.Reading(self._pool, self._book, lease, call)
         await reading.run()
         return reading.answer
 
-    async def _to_the_end(self, held: _Held, call: relay.Call) -> relay.Answer:
+    async def _to_the_end(self, lease: Lease, call: relay.Call) -> relay.Answer:
         """For a backend that works on after its client has left: the lease then lasts as long as the work does."""
-        task = asyncio.create_task(self._read(held.lease, call))
+        task = asyncio.create_task(self._read_now(lease, call))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._linger(task, held)
+            self._linger(task, lease)
             raise
 
-    def _linger(self, task: asyncio.Task[relay.Answer], held: _Held) -> None:
-        held.kept = True
+    def _linger(self, task: asyncio.Task[relay.Answer], lease: Lease) -> None:
+        lease.lingers = True
 
         async def wait() -> None:
             try:
                 await asyncio.gather(task, return_exceptions=True)
             finally:
-                self._book.release(held.lease)
+                self._book.release(lease)
 
         lingering = asyncio.create_task(wait())
         self._lingering.add(lingering)
@@ -307,7 +293,7 @@ class Gateway:
             fields = tuple(pair for pair in fields if pair[0].lower() != b"content-type")
         return relay.Call(method=request.method, path=path, fields=fields, own=own, account=account, body=body)
 
-    def _leased(
+    def leased(
         self,
         spec: ModelSpec,
         lease: Lease | None = None,
@@ -316,6 +302,11 @@ class Gateway:
         conversation: int | None = None,
         patient: web.Request | None = None,
     ) -> _Holding:
+        """An instance of the model, held until the block ends.
+
+        `patient` is a request whose client wants server-sent events: while it waits, it is shown that it is not forgotten.
+        """
+
         async def acquire() -> Lease:
             comfort = None if patient is None else self._comfort(patient)
             return lease or await self._book.acquire(spec, while_waiting=comfort, conversation=conversation, backend=backend)
@@ -330,37 +321,27 @@ class Gateway:
         return headers.lines((*self._bears(request).items(), *origin.items(), *more.items()))
 
 
-class _Held:
-    """A lease, and whether it outlives the handler."""
-
-    __slots__ = ("kept", "lease")
-
-    def __init__(self, lease: Lease) -> None:
-        self.lease = lease
-        self.kept = False
-
-
 class _Holding:
-    """Holds an instance while a block runs, and longer when the block says so."""
+    """Holds an instance while a block runs, and longer when its work outlives that."""
 
-    __slots__ = ("_acquire", "_backend", "_book", "_held")
+    __slots__ = ("_acquire", "_backend", "_book", "_lease")
 
     def __init__(self, book: LeaseBook, acquire: Callable[[], Awaitable[Lease]], backend: str | None) -> None:
         self._book = book
         self._acquire = acquire
         self._backend = backend
-        self._held: _Held | None = None
+        self._lease: Lease | None = None
 
-    async def __aenter__(self) -> _Held:
+    async def __aenter__(self) -> Lease:
         lease = await self._acquire()
         try:
             routing.check_granted(lease.host.backend, self._backend)
         except RequestError:
             self._book.release(lease)
             raise
-        self._held = _Held(lease)
-        return self._held
+        self._lease = lease
+        return lease
 
     async def __aexit__(self, *_: object) -> None:
-        if self._held is not None and not self._held.kept:
-            self._book.release(self._held.lease)
+        if self._lease is not None and not self._lease.lingers:
+            self._book.release(self._lease)

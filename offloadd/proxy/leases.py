@@ -56,6 +56,8 @@ class Lease:
     """Whether another request was ever on the instance at the same time."""
     moved: bool = False
     """Whether it was another instance's before."""
+    lingers: bool = False
+    """Whether the engine works on for a client that has left, so that the lease outlives its handler."""
 
 
 @dataclass(slots=True, eq=False)
