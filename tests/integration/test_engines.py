@@ -7,9 +7,11 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import openai
 import psutil
 import pytest
+import text_generation
 
 from tests.conformance.processes import until
 from tests.integration.daemon import Daemon, alive, running
@@ -63,6 +65,21 @@ def test_the_openai_client_is_served_by_all(daemon: Daemon, name: str) -> None:
         )
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
         assert "".join(pieces) == "the night was"
+
+
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
+@pytest.mark.parametrize("name", ENGINES)
+def test_tgi_clients_are_served_by_all(daemon: Daemon, name: str) -> None:
+    url = f"http://127.0.0.1:{daemon.port}/tgi/on-{name}"
+    client = text_generation.Client(url)
+    assert client.generate("My name is", max_new_tokens=3).generated_text == "the night was"
+    events = list(client.generate_stream("My name is", max_new_tokens=3))
+    assert "".join(event.token.text for event in events) == events[-1].generated_text == "the night was"
+    assert events[-1].details is not None
+    assert events[-1].details.finish_reason == "length"
+    hub = huggingface_hub.InferenceClient(url)
+    assert hub.text_generation("My name is", max_new_tokens=3) == "the night was"
+    assert "".join(hub.text_generation("My name is", max_new_tokens=3, stream=True)) == "the night was"
 
 
 def test_the_key_of_an_external_engine_is_nowhere_to_be_seen(daemon: Daemon) -> None:
