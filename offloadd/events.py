@@ -17,7 +17,7 @@ _ATTRIBUTE = "offloadd_event"
 
 
 class EventKind(StrEnum):
-    """Every kind of event; the value is public (`OFFLOADD_EVENT`), so it never changes its meaning."""
+    """Every kind of event. Values are public (`OFFLOADD_EVENT`) and keep their meaning; systemd/offloadd.catalog explains each."""
 
     DAEMON_STARTED = "daemon-started"
     DAEMON_STOPPING = "daemon-stopping"
