@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
 import socket
 import struct
 from collections.abc import Sequence
 from contextvars import ContextVar
+from hmac import compare_digest
 
 from aiohttp import web
 
@@ -57,7 +57,7 @@ def _find(secret: str, keys: Sequence[ApiKey]) -> ApiKey | None:
     digest = hashlib.sha256(secret.encode(errors="surrogatepass")).digest()
     found: ApiKey | None = None
     for key in keys:
-        if hmac.compare_digest(digest, key.digest):
+        if compare_digest(digest, key.digest):
             found = key
     return found
 

@@ -119,6 +119,25 @@ def test_pages_of_other_sites(daemon: Daemon) -> None:
     assert "Access-Control-Allow-Origin" not in refused.headers
 
 
+def test_no_request_reaches_a_command_line(daemon: Daemon) -> None:
+    """Whatever a body or a query says: the model's server runs on as the config has it."""
+    (before,) = ask(daemon, "GET", "/models/a", ADMIN).json()["offloadd"]["instances"]
+    argv = Path(f"/proc/{before['pid']}/cmdline").read_bytes()
+    evil = {
+        "args": ["--log-file", "/tmp/x"],
+        "command": ["sh"],
+        "env": {"X": "1"},
+        "api_base": "http://evil.example",
+        "n_gpu_layers": 1,
+    }
+    assert ask(daemon, "POST", CHAT, USER, {**chat(), **evil}).status == 200
+    for path in ("/models/a/load?wait=1", "/reload"):
+        ask(daemon, "POST", path, ADMIN, evil)
+    (after,) = ask(daemon, "GET", "/models/a", ADMIN).json()["offloadd"]["instances"]
+    assert after["pid"] == before["pid"]
+    assert Path(f"/proc/{after['pid']}/cmdline").read_bytes() == argv
+
+
 def test_what_was_changed_by_whom_is_in_the_log(daemon: Daemon) -> None:
     ask(daemon, "POST", "/reload", ADMIN)
     assert "POST /reload by ops" in daemon.log

@@ -36,3 +36,16 @@ def test_schemas_are_schemas(each) -> None:
     for schema in (each.takes, *(each.query or {}).values(), *(each.gives or {}).values()):
         if schema is not None:
             jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_nothing_that_is_sent_names_a_program() -> None:
+    """No operation takes a command, arguments, an environment or an address to send to, at any depth of its body."""
+    forbidden = {"command", "args", "env", "argv", "url", "api_base", "base_url", "proxy", "path"}
+
+    def names(schema: object) -> set[str]:
+        if isinstance(schema, dict):
+            return set(schema.get("properties", ())).union(*map(names, schema.values()))
+        return set().union(*map(names, schema)) if isinstance(schema, list) else set()
+
+    for each in OPERATIONS.values():
+        assert not names(each.takes) & forbidden, each.path
