@@ -257,7 +257,9 @@ class Vllm(HubEngine):
             *engine.args,
             *spec.args,
         ]
-        env = {**_ENVIRONMENT, **visible(placement), **engine.env, **spec.env}
+        # On the CPU not even an empty list of GPUs: it takes that for a cluster whose cards are about to come, and dies of it.
+        seen = visible(placement) if placement.gpus else {}
+        env = {**_ENVIRONMENT, **seen, **engine.env, **spec.env}
         if endpoint.key:
             env["VLLM_API_KEY"] = endpoint.key  # not an argument: those are for all users to read
         if not placement.gpus:

@@ -79,7 +79,8 @@ def test_on_the_cpu_it_gets_whole_gibibytes_of_ram_for_its_cache() -> None:
     launch = BACKEND.launch(ENGINE, spec(context=1024, parallel=1), FACTS, NOWHERE, NO_ENDPOINT)
     assert launch.env["VLLM_TARGET_DEVICE"] == "cpu"
     assert launch.env["VLLM_CPU_KVCACHE_SPACE"] == "1"
-    assert launch.env["CUDA_VISIBLE_DEVICES"] == ""
+    # An empty list of cards has it load kernels for cards that never come; the real one then died of its first request.
+    assert "CUDA_VISIBLE_DEVICES" not in launch.env
     assert "--gpu-memory-utilization" not in launch.argv
 
 
