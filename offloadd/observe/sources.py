@@ -51,7 +51,7 @@ class Sources:
             return facts
         if facts.identity not in self._contents:
             try:
-                self._contents[facts.identity] = self._read_content(Path(facts.path))
+                self._contents[facts.identity] = self._read_content(Path(facts.read_from or facts.path))
             except OSError:
                 return facts  # it changes in this moment: the next look tells
         return self._with_shape(replace(facts, content=self._contents[facts.identity]))
