@@ -11,11 +11,12 @@ import http.client
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from bench.subjects import CHAT, HOST, Subject
 HERE = Path(__file__).parent
 GAP_US = 10_000
 START_S = 120.0
+MANY = 1000
+"""Above so many streams each subject is started anew, offloadd with more engines."""
 
 
 @dataclass
@@ -62,6 +65,8 @@ class Tools:
 def main() -> None:
     """Measure whoever is there."""
     options = _options()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # for all that is started here: a stream takes two files
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         tools = Tools(_compiled(folder, "engine"), _compiled(folder, "load"))
@@ -90,12 +95,37 @@ def _compiled(folder: Path, name: str) -> Path:
 
 
 def _measured(name: str, parent: Path, tools: Tools, options: argparse.Namespace) -> Result | None:
-    folder = parent / name
+    counts = [int(count) for count in options.open.split(",") if count]
+    few = [count for count in counts if count <= MANY]
+    many = [count for count in counts if count > MANY]
+    result = _with(
+        name, parent / name, tools, options, lambda subject, processes: _measure(subject, processes, tools, options, few)
+    )
+    if result is not None and many and name != "direct":
+
+        def hold(subject: Subject, processes: Processes) -> Result:
+            for count in many:
+                result.per_stream[count] = _held(subject, processes, tools, count)
+            return result
+
+        _with(name, parent / f"{name}-many", tools, options, hold, replicas=5)
+    return result
+
+
+def _with(
+    name: str,
+    folder: Path,
+    tools: Tools,
+    options: argparse.Namespace,
+    measure: Callable[[Subject, Processes], Result],
+    replicas: int = 1,
+) -> Result | None:
+    """What `measure` finds of a subject that runs."""
     folder.mkdir()
     engine_port, port = _free_port(), _free_port()
     subject = {
         "direct": lambda: Subject("direct", port=engine_port),
-        "offloadd": lambda: subjects.offloadd(folder, port, GAP_US, tools.engine),
+        "offloadd": lambda: subjects.offloadd(folder, port, GAP_US, tools.engine, replicas),
         "nginx": lambda: subjects.nginx(folder, port, engine_port),
         "Caddy": lambda: subjects.caddy(folder, port, engine_port, options.caddy_procs),
         "LiteLLM": lambda: subjects.litellm(folder, port, engine_port, options.litellm),
@@ -114,7 +144,7 @@ def _measured(name: str, parent: Path, tools: Tools, options: argparse.Namespace
             _wait(subject.port, subject.warm)
         _wait_for_answer(subject.port)
         print(f"measuring {name}", file=sys.stderr)
-        return _measure(subject, processes, tools, options)
+        return measure(subject, processes)
 
 
 class Processes:
@@ -138,7 +168,7 @@ class Processes:
         return sum(one.memory_full_info().pss for one in self._all())
 
 
-def _measure(subject: Subject, processes: Processes, tools: Tools, options: argparse.Namespace) -> Result:
+def _measure(subject: Subject, processes: Processes, tools: Tools, options: argparse.Namespace, counts: Sequence[int]) -> Result:
     result = Result(subject.name, subject.version)
     tools.run("json", subject.port, 64, 1)
     tools.run("stream", subject.port, 100, 1, 20)
@@ -153,7 +183,7 @@ def _measure(subject: Subject, processes: Processes, tools: Tools, options: argp
     result.failed += found["failed"]
     result.chunk_cpu_us = _per_chunk(subject, processes, tools, options.seconds)
     if subject.argv:
-        for count in map(int, filter(None, options.open.split(","))):
+        for count in counts:
             result.per_stream[count] = _held(subject, processes, tools, count)
     return result
 
@@ -179,7 +209,8 @@ def _held(subject: Subject, processes: Processes, tools: Tools, count: int) -> f
     argv = [str(tools.load), "hold", str(subject.port), CHAT, str(count), "4", "1000000", "1000000"]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as client:
         assert client.stderr is not None
-        client.stderr.readline()
+        if client.stderr.readline() != b"open\n":
+            raise RuntimeError(f"{subject.name} did not open {count} streams")
         time.sleep(2)
         used = processes.memory() - before
         client.kill()

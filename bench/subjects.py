@@ -81,8 +81,8 @@ class Subject:
     """Why it cannot take part."""
 
 
-def offloadd(folder: Path, port: int, gap_us: int, engine: Path) -> Subject:
-    """One daemon process, supervising the engine that it relays to."""
+def offloadd(folder: Path, port: int, gap_us: int, engine: Path, replicas: int = 1) -> Subject:
+    """One daemon process, supervising the engines that it relays to. An engine works on 1,024 requests at once at the most."""
     command = [str(engine), "--port", "${port}", "--gap-us", str(gap_us)]
     config = {
         "server": {"listen": [f"{HOST}:{port}"]},
@@ -90,6 +90,7 @@ def offloadd(folder: Path, port: int, gap_us: int, engine: Path) -> Subject:
         "backends": {"fast": {"kind": "custom", "command": command, "health": {"path": "/health"}}},
         "models": {"m": {"source": "bench/m", "backends": ["fast"], "run": "always", "parallel": 1024, "vram": "16MiB"}},
     }
+    config["models"]["m"]["replicas"] = replicas
     config["models"]["m"]["queue"] = {"max_waiting": 10000, "max_wait": "10m"}
     path = folder / "offloadd.json"
     path.write_text(json.dumps(config))

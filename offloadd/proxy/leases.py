@@ -58,6 +58,8 @@ class Lease:
     """Whether it was another instance's before."""
     lingers: bool = False
     """Whether the engine works on for a client that has left, so that the lease outlives its handler."""
+    over: asyncio.Future[None] | None = None
+    """Where the instance works on for a client that has left: done when it has stopped. Until then the lease counts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +146,10 @@ class LeaseBook:
         return self._record(hosts[0], "asked for by path", since=self._clock.now(), beside=True) if hosts else None
 
     def release(self, lease: Lease) -> None:
-        """The request is over: its slot goes to the next in line."""
+        """The request is over: its slot goes to the next in line, as soon as it is free."""
+        if lease.over is not None and not lease.over.done():
+            lease.over.add_done_callback(lambda _: self.release(lease))
+            return
         self._drop(lease)
         if not self._held(lease.host.instance) and not lease.beside:
             self._idle_since[lease.host.instance] = self._clock.now()

@@ -134,6 +134,9 @@ class Exchange:
         revoked.add_done_callback(self._revoked)
         try:
             await self._attempt()
+        except asyncio.CancelledError:
+            self._leave()
+            raise
         except (OSError, TimeoutError) as error:
             raise BackendLostError(self._lease, await _reason(self._lease, error)) from None
         except (sse.BrokenStreamError, headers.BrokenAnswerError) as error:
@@ -198,6 +201,11 @@ class Exchange:
 
     def _give_up(self) -> None:
         self._fail(BackendLostError(self._lease, self._lease.revoked.result()))
+
+    def _leave(self) -> None:
+        """The client has left before the answer began: what the backend still does for it counts until it has stopped."""
+        if self._sent and not self._begun and self._connection is not None:
+            self._lease.over, self._connection = self._connection.leave(), None
 
     def _let_go(self) -> None:
         if self._timer is not None:

@@ -28,6 +28,8 @@ MAX_IDLE = 256
 MAX_HEAD = 64 * 1024
 """An answer's head, or its trailer, or any framing between two pieces of its body, is not longer."""
 MAX_FIELDS = 256
+LEAVING = 60.0
+"""So long a backend is given to notice that its client has left, where it cannot be interrupted at once."""
 SIGN_EVERY = 1.0
 """How often instances that have sent bytes are said to be alive."""
 _CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
@@ -87,6 +89,7 @@ class Connection(asyncio.Protocol):
         "_bodiless",
         "_ended",
         "_fields",
+        "_gone",
         "_head",
         "_interim",
         "_keep",
@@ -123,6 +126,7 @@ class Connection(asyncio.Protocol):
         self._taker: Taker | None = None
         self._writing_paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self._gone: asyncio.Future[None] | None = None
         self._pieces: list[bytes] = []
         self._reset(bodiless=False)
 
@@ -187,6 +191,28 @@ class Connection(asyncio.Protocol):
         if self.fresh and self._taker is not None:
             self.fresh = False
             self._taker.sign()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether our side is closed and the backend's not yet."""
+        return self._gone is not None
+
+    def leave(self) -> asyncio.Future[None] | None:
+        """Close our side, as a client does that leaves. The future is done when the backend has closed its own: its work is over.
+
+        llama-server reads on to the end of a prompt's batch for a client that has left. None where it cannot be known.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing() or not transport.can_write_eof():
+            self.abort()
+            return None
+        self._taker = self._through = None  # whatever still comes closes it at once
+        loop = asyncio.get_running_loop()
+        self._gone = loop.create_future()
+        timer = loop.call_later(LEAVING, self.abort)
+        self._gone.add_done_callback(lambda _: timer.cancel())
+        transport.write_eof()
+        return self._gone
 
     def abort(self) -> None:
         """Close it, whatever is under way: the backend sees its client leave."""
@@ -267,6 +293,8 @@ class Connection(asyncio.Protocol):
         self._parser = None  # it holds our methods: a ring that would wait for the collector
         self._pool.discard(self)
         self._wake()
+        if self._gone is not None and not self._gone.done():
+            self._gone.set_result(None)
         taker, self._taker = self._taker, None
         if taker is None:
             return
@@ -435,7 +463,9 @@ class Pool:
 
     def forget(self, endpoint: Endpoint) -> None:
         """Close what is kept for an instance that is to end: some servers wait for their clients to leave."""
-        for connection in self._idle.pop(_key(endpoint), []):
+        key = _key(endpoint)
+        leaving = [connection for connection in self._open if connection.leaving and connection.key == key]
+        for connection in [*self._idle.pop(key, []), *leaving]:
             connection.abort()
 
     def close(self) -> None:

@@ -186,6 +186,66 @@ async def test_one_that_leaves_at_each_moment() -> None:
             await until(lambda: not rig.engine.open, "the engine is left")
 
 
+async def test_work_for_one_that_left_counts_until_it_is_over() -> None:
+    """As llama-server reads a prompt to the end of its batch: it closes the connection when its slot is free."""
+    noticed, go_on = asyncio.Event(), asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.left()
+        noticed.set()
+        await go_on.wait()
+        peer.writer.close()
+
+    for ask in (ASK, ASK_STREAM):
+        async with rigged(script) as rig:
+            client = await rig.connect()
+            client.send(ask)
+            await until(lambda: rig.engine.heads, "it is there")
+            client.close()
+            await noticed.wait()
+            await until(lambda: rig.served, "it is told of")
+            assert (rig.load, rig.served[0].fate) == (1, "cancelled")
+            go_on.set()
+            await rig.quiet()
+            noticed.clear()
+            go_on.clear()
+
+
+async def test_one_that_left_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offloadd.proxy.upstream.LEAVING", 0.1)
+    never = asyncio.Event()
+
+    async def script(_: Peer) -> None:
+        await never.wait()
+
+    async with rigged(script) as rig:
+        client = await rig.connect()
+        client.send(ASK)
+        await until(lambda: rig.engine.heads, "it is there")
+        client.close()
+        await rig.quiet()
+        never.set()
+
+
+async def test_one_that_left_does_not_keep_an_instance_from_ending() -> None:
+    async def script(peer: Peer) -> None:
+        await peer.left()
+        await asyncio.sleep(60)
+
+    async with rigged(script) as rig:
+        client = await rig.connect()
+        client.send(ASK)
+        await until(lambda: rig.engine.heads, "it is there")
+        client.close()
+        await until(lambda: rig.served, "it is told of")
+        assert rig.load == 1
+        rig.pool.forget(rig.hosts[0].endpoint)
+        await rig.quiet()
+        for task in asyncio.all_tasks():
+            if "Engine.serve" in str(task):
+                task.cancel()
+
+
 async def test_one_that_is_half_closed() -> None:
     """Who has closed its side has left: that is what a socket tells, and the engine's work must end."""
 
