@@ -28,6 +28,7 @@ mkdir -p $R $W/layers
 mount -t tmpfs layers $W/layers
 mkdir $W/layers/upper $W/layers/work
 mount -t overlay root -o lowerdir=/,upperdir=$W/layers/upper,workdir=$W/layers/work $R
+if [ -n "$TREE" ]; then for part in lib bin usr/lib usr/bin; do cp -a $TREE/$part/. $R/$part/; done; fi
 mount -t proc proc $R/proc
 mount --bind $R/proc/sys $R/proc/sys
 mount -o remount,ro,bind $R/proc/sys
@@ -117,15 +118,18 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 @contextlib.contextmanager
-def booted(folder: Path) -> Iterator[Machine]:
-    """Start one, and take it away with all that it runs; skips the test, and says why, where this machine cannot do it."""
+def booted(folder: Path, tree: Path | None = None) -> Iterator[Machine]:
+    """Start one, and take it away with all that it runs; skips the test, and says why, where this machine cannot do it.
+
+    `tree` holds another systemd's files, which are laid over this machine's.
+    """
     group = _group()
     log = folder / "boot.log"
     try:
         with log.open("wb") as out:
             starter = subprocess.Popen(
                 ["timeout", "-s", "KILL", str(_LIFE_S), "unshare", "-mpfiunC", "--mount-proc", "--kill-child", "sh", "-c", _BOOT],
-                env={**os.environ, "W": str(folder)},
+                env={**os.environ, "W": str(folder), "TREE": str(tree or "")},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,

@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tests.conformance.servers import until
 from tests.e2e.conftest import Real
 from tests.e2e.pid1 import Machine, booted
 from tests.integration.daemon import CHAT, chat
-from tests.integration.systemds import ROOT, UNITS, staged
+from tests.integration.systemds import ROOT, UNITS, newer, staged
 
 SERVICE = "ml-offload-api.service"
 pytestmark = pytest.mark.timeout(300)
@@ -67,13 +68,13 @@ class Operator:
         return [path for path in service.rglob("*") if path.is_dir()] if service.exists() else []
 
 
-@pytest.fixture(scope="module")
-def operator(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    folder = tmp_path_factory.mktemp("pid1")
-    with booted(folder) as machine:
+@contextmanager
+def operating(real: Real, folder: Path, *drop_ins: str, tree: Path | None = None) -> Iterator[Operator]:
+    """A machine with the shipped units installed, nothing of them started."""
+    with booted(folder, tree) as machine:
         for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix), Path(real.llamacpp["command"][0]), real.gguf):
             machine.open_way(path / "x")
-        units = staged(folder / "units")
+        units = staged(folder / "units", *drop_ins)
         # Nothing of the shipped unit is changed but times, and a look into /tmp should this be checked out there.
         extra = "[Unit]\nStartLimitBurst=3\n[Service]\nWatchdogSec=6\nTimeoutAbortSec=2\n"
         extra += (
@@ -94,6 +95,12 @@ def operator(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Iterator[O
             yield found
         finally:
             print(machine.journal("-n", "200", "-o", "short-precise"))
+
+
+@pytest.fixture(scope="module")
+def operator(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    with operating(real, tmp_path_factory.mktemp("pid1")) as found:
+        yield found
 
 
 def test_it_starts_and_is_ready_when_it_listens(operator: Operator) -> None:
@@ -222,3 +229,21 @@ def test_what_a_service_that_failed_for_good_has_left_is_ended(operator: Operato
     until(lambda: operator.show("ActiveState") == "failed", "systemd gives up", 60)
     until(lambda: operator.servers() == [], "the server is ended", 30)
     assert not [group for group in operator.groups() if "populated 1" in (group / "cgroup.events").read_text()]
+
+
+def test_a_newer_systemd_follows_the_reload_itself_and_reports_the_verdict(real: Real, tmp_path: Path) -> None:
+    with operating(real, tmp_path, "notify-reload", tree=newer(254).tree) as operator:
+        assert "systemd 254" in operator.machine.run("systemctl", "--version").stdout
+        assert operator.machine.systemctl("start", SERVICE).returncode == 0
+        operator.wait_status("1 of 2 models ready (a)")
+        assert operator.show("Type") == "notify-reload"
+        assert operator.show("ControlGroup").endswith(SERVICE)
+        before, main = operator.servers(), operator.main_pid
+        assert operator.machine.systemctl("reload", SERVICE).returncode == 0
+        operator.write("models: [")
+        assert operator.machine.systemctl("reload", SERVICE).returncode == 1
+        operator.wait_status("config refused")
+        until(lambda: operator.show("SubState") == "running", "the reload is over")
+        assert (operator.main_pid, operator.servers()) == (main, before)
+        assert operator.machine.systemctl("stop", SERVICE).returncode == 0
+        assert operator.servers() == []

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from offloadd import redaction
 from offloadd.backends import discover
 from offloadd.clock import SystemClock
+from offloadd.errors import PermanentError
 from offloadd.runtime import reload
 from offloadd.runtime.reload import ConfigStore
 from offloadd.state.desired import DesiredState
@@ -66,3 +71,51 @@ async def test_without_a_watch_left_the_file_is_looked_at_now_and_then_and_that_
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_reload_that_hangs_is_given_up_and_told_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "offloadd.yaml"
+    path.write_text(CONFIG.format(context=1024))
+    store = ConfigStore(path, backends=discover(), clock=SystemClock())
+    await store.start()
+    told: list[str] = []
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        told.append("begins")
+        yield
+        told.append("applied" if store.attempt.applied else store.attempt.message)
+
+    async def before(_: DesiredState) -> None:
+        await asyncio.Event().wait()
+
+    store.follow(before=before, after=lambda: None, around=around)
+    monkeypatch.setattr(reload, "LIMIT", 0.05)
+    attempt = await store.reload("test")
+    assert told == ["begins", "reading it took longer than 0.05 s"]
+    assert (attempt.applied, store.applied.desired.generation) == (False, 1)
+
+    async def refuse(_: DesiredState) -> None:
+        raise PermanentError("not with these sockets", hint="try others")
+
+    store.follow(before=refuse, after=lambda: None, around=around)
+    assert (await store.reload("test")).message == "not with these sockets: try others"
+
+
+async def test_what_a_config_looks_up_and_what_it_spells_out_is_kept_out_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_text("canary-from-a-file\n")
+    monkeypatch.setenv("OFFLOADD_TEST_SECRET", "canary-from-a-variable")
+    keys = [f"${{file:{tmp_path}/key}}", "${env:OFFLOADD_TEST_SECRET}", "canary-spelled-out-in-it"]
+    listed = [{"name": f"k{number}", "key": key, "scopes": ["admin"]} for number, key in enumerate(keys)]
+    path = tmp_path / "offloadd.json"
+    path.write_text(json.dumps({"server": {"auth": {"keys": listed}}, "models": {}}))
+    store = ConfigStore(path, backends=discover(), clock=SystemClock())
+    try:
+        await store.start()
+        written = redaction.clean("canary-from-a-file canary-from-a-variable canary-spelled-out-in-it canary-of-nobody")
+        assert written == "*** *** *** canary-of-nobody"
+    finally:
+        redaction._known.clear()
+        redaction.hide([])
