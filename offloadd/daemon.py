@@ -372,6 +372,7 @@ class Daemon:
         try:
             self._listeners = await open_listeners(server.listen, self._manager)
             self._listeners.check(server)
+            self._manager.discard_rest()
             await self._listeners.serve(runner)
             yield
         finally:

@@ -83,10 +83,6 @@ class Manager:
         """The end begins, and may take so long from now, whatever TimeoutStopSec= says."""
         return self._tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(within * 1e6)}", *_status(status))
 
-    def extend(self, within: Seconds) -> bool:
-        """What is going on now, a start or a stop, may take so long from now."""
-        return self._tell(f"EXTEND_TIMEOUT_USEC={int(within * 1e6)}")
-
     def main_pid(self, pid: int) -> bool:
         """Another process is the service's main one from now on."""
         return self._tell(f"MAINPID={pid}")
