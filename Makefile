@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: bench engines faults demo test clients lint format clean systemd install-units
+.PHONY: bench engines faults soak demo test clients lint format clean systemd install-units
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
@@ -16,6 +16,9 @@ clients: $(VENV)/.clients  ## other people's SDKs, for the tests that use them; 
 
 faults: $(READY)  ## faults injected into real processes; the table goes to docs/faults.md (ARGS="" only prints it)
 	$(BIN)/python -m tests.faults $(if $(filter undefined,$(origin ARGS)),--write,$(ARGS))
+
+soak: $(READY)  ## mixed clients, killed engines and reloads at once, all counted at the end; ARGS='--seconds 3600' for long
+	$(BIN)/python -m tests.soak $(ARGS)
 
 engines: $(READY)  ## the real vLLM for CPUs, 3.4 GB in OFFLOADD_ENGINES or the user's cache, held to the suite and served by a daemon
 	$(PYTHON) tests/engines/install_vllm.py "$(ENGINES_DIR)/vllm"
