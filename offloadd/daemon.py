@@ -207,10 +207,13 @@ class Daemon:
             asyncio.get_running_loop().add_signal_handler(number, self.stop)
         ready_for_signals()
         adopted = await self._take_over()
-        self._catalog.begin(await self._chronicle.start())
+        shelf = await self._chronicle.start()
+        self._catalog.begin(shelf)
         self._observer.know(self._chronicle.recorder.footprints)
-        await self._catalog.discovery.first()
-        self._catalog.publish()
+        if not (adopted and shelf.present):
+            # Servers of models that are nowhere to be found would be stopped: it is looked first, or remembered.
+            await self._catalog.discovery.first()
+            self._catalog.publish()
         if adopted:
             # They could serve already: what else there is can be looked at meanwhile, and is unknown to the planner until then.
             self._look_soon.set()

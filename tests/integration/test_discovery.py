@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conformance.servers import tiny_gguf, until
-from tests.integration.daemon import Daemon, again, model, running, wait_healthy
+from tests.integration.daemon import Daemon, again, launch, model, running, wait_healthy
 
 DEFAULTS: Mapping[str, Any] = {"parallel": 2, "context": 4096, "vram": "64MiB", "env": {"STANDIN_TOKEN_S": "0.01"}}
 SERVE: Mapping[str, Any] = {"discovery": {"serve": True, "stores": [], "defaults": DEFAULTS}}
@@ -187,3 +187,22 @@ def test_a_copy_in_progress_is_not_served_before_it_is_whole(tmp_path: Path) -> 
                 file.flush()
                 assert daemon.chat("copied").status == 404 or start + 1000 >= len(whole)
         until(lambda: daemon.chat("copied").status == 200, "it is served", PATIENT_S)
+
+
+def test_a_found_models_server_outlives_the_daemon(tmp_path: Path) -> None:
+    drop(tmp_path, "found.gguf")
+    first = launch(tmp_path, {"a": model(run="on-demand")}, **SERVE)
+    second = None
+    try:
+        wait_healthy(first)
+        until(lambda: first.chat("found").status == 200, "it is served", PATIENT_S)
+        until(lambda: first.get("/models/found")["offloadd"]["history"]["loads"], "the registry has it all", PATIENT_S)
+        pid = first.pid("found")
+        first.process.kill()
+        first.process.wait()
+        second = wait_healthy(again(first.folder, first.config_path, first.base))
+        until(lambda: second.chat("found").status == 200, "it is served by the next daemon", PATIENT_S)
+        assert second.pid("found") == pid  # the same process, with its model loaded
+        second.close()
+    finally:
+        (second or first).discard()
