@@ -95,6 +95,8 @@ QUIET_REFRESH = Seconds(10)
 """The same while nothing runs and nobody waits; what is to be given is read again before it is given."""
 TRIM = Seconds(1)
 """How often instances' logs are checked against their bound."""
+QUIET_TRIM = Seconds(3)
+"""The same while there are no instances."""
 GRACE = Seconds(30)
 """On SIGTERM, requests that run may go on for so long; a second signal ends the wait."""
 LAST_CALL = Seconds(0.25)
@@ -580,7 +582,7 @@ class Daemon:
             self._observer.know(self._chronicle.recorder.footprints)
 
     async def _trim_logs(self) -> None:
-        await asyncio.sleep(TRIM)
+        await asyncio.sleep(TRIM if self._executor.views() else QUIET_TRIM)
         views = dict(self._executor.views())
 
         def tend() -> None:

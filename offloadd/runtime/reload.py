@@ -127,7 +127,7 @@ class ConfigStore:
     async def _watch(self, folders: frozenset[Path]) -> None:
         """Look at every event in the folders, until other folders are the ones to watch."""
         async for _ in watchfiles.awatch(
-            *folders, recursive=False, debounce=200, step=50, rust_timeout=int(POLL * 1000), yield_on_timeout=True
+            *folders, recursive=False, debounce=200, step=100, rust_timeout=int(POLL * 1000), yield_on_timeout=True
         ):
             self.blind = ""
             await self._look()

@@ -69,10 +69,11 @@ class Driver:
         """`steps` things happen; every now and then faults stop until the world has settled."""
         for number in range(1, steps + 1):
             self.step()
-            if self.mix.random() < 0.9:  # else a cycle is skipped
-                lossy = self.mix.random() < 0.15
+            dies = self.mix.random() < 0.01
+            if dies or self.mix.random() < 0.9:  # else a cycle is skipped
+                lossy = dies or self.mix.random() < 0.15
                 check_cycle(self.world, replan=number % replan_every == 0, actions=self._lose if lossy else None)
-            if self.mix.random() < 0.01:  # between two effects when the cycle was lossy
+            if dies:  # between two effects of the plan that it was carrying out
                 faults.kill_the_daemon(self.world, forgets=self.mix.random() < 0.5)
             if number % calm_every == 0:
                 faults.stop_all(self.world)

@@ -179,7 +179,7 @@ class _Watcher:
         self._stop.set()
 
     def _run(self) -> None:
-        options = {"debounce": 200, "step": 50, "rust_timeout": 10_000, "recursive": False, "raise_interrupt": False}
+        options = {"debounce": 1000, "step": 500, "rust_timeout": 10_000, "recursive": False, "raise_interrupt": False}
         try:
             for _ in watchfiles.watch(*self._folders, watch_filter=None, stop_event=self._stop, **options):  # type: ignore[arg-type]
                 self._loop.call_soon_threadsafe(self._happened)
