@@ -114,14 +114,14 @@ def _model(change: Change, name: ModelName, actions: Sequence[Action]) -> dict[s
         "model": name,
         "edit": "none" if old == new else "added" if old is None else "removed" if new is None else "changed",
         "fields": _fields(old, new),
-        "effect": _effect(starts, ends, edited=old != new),
+        "effect": _effect(starts, ends, in_place=None not in (old, new) and old != new),
         "starts": [_start(change, action) for action in starts],
         "ends": [{"instance": str(action.instance), "why": action.why} for action in ends],
         "after": {"state": decision.state, "reason": decision.sentence} if decision else None,
     }
 
 
-def _effect(starts: Sequence[StartInstance], ends: Sequence[DrainInstance | StopInstance], *, edited: bool) -> str:
+def _effect(starts: Sequence[StartInstance], ends: Sequence[DrainInstance | StopInstance], *, in_place: bool) -> str:
     if starts and ends:
         return "replace"
     if starts:
@@ -130,7 +130,7 @@ def _effect(starts: Sequence[StartInstance], ends: Sequence[DrainInstance | Stop
         return "evict"
     if any("to make room for " in action.why for action in ends):
         return "evict"
-    return "stop" if ends else "in place" if edited else "none"
+    return "stop" if ends else "in place" if in_place else "none"
 
 
 def _fields(old: ModelSpec | None, new: ModelSpec | None) -> list[str]:

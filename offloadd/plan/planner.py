@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from offloadd.plan.draft import Draft
 from offloadd.plan.loans import serve_loans
+from offloadd.plan.sentences import resting
 from offloadd.plan.settle import come_home, grow, let_go, settle
 from offloadd.plan.upkeep import tend
 from offloadd.plan.wants import wanted
 from offloadd.state.actions import Plan, StopReason
 from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState, Origin
+from offloadd.state.desired import DesiredState, ModelSpec, Origin, RunMode
 from offloadd.state.observed import InstanceState, ObservedState
 from offloadd.units import Instant
 
@@ -23,7 +24,7 @@ def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now:
     draft = Draft(desired, observed, demand, now)
     tend(draft)
     _retire_removed(draft)
-    wants = [wanted(draft, spec) for spec in desired.models.values()]
+    wants = [wanted(draft, spec) for spec in desired.models.values() if not _rests(draft, spec)]
     wants.sort(key=lambda want: want.rank)
     # First for all of them, so that nobody is evicted for memory that is on its way back anyway.
     for want in wants:
@@ -36,6 +37,15 @@ def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now:
         come_home(draft, want)
     _adopt_orphans(draft)
     return draft.finish()
+
+
+def _rests(draft: Draft, spec: ModelSpec) -> bool:
+    """Whether nobody wants the model and nothing of it is there, as with most of them most of the time: that is its decision."""
+    name = spec.name
+    if spec.run is RunMode.ALWAYS or name in draft.demand.waiting or name in draft.demand.wishes or draft.instances(name):
+        return False
+    draft.decide(resting(name, spec.run))
+    return True
 
 
 def _retire_removed(draft: Draft) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from offloadd.plan.restart import RestartVerdict
 from offloadd.plan.room import Making
 from offloadd.plan.wants import Want
 from offloadd.state.actions import Decision, ModelState, StartInstance, StopInstance
+from offloadd.state.desired import RunMode
+from offloadd.state.ids import ModelName
 from offloadd.state.observed import SETTLING, InstanceState, InstanceView
 from offloadd.units import Instant, Seconds, format_bytes, format_seconds
 
@@ -29,9 +32,6 @@ _RANK = {state: rank for rank, state in enumerate(_BY_INSTANCE)}
 
 def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
     """The model's decision: what its best instance does, else what came of the wish for one."""
-    if not want.count and not draft.instances(want.spec.name):
-        wish = draft.demand.wishes.get(want.spec.name)
-        return Decision(model=want.spec.name, state=ModelState.OFF, sentence=outcome.sentence, wish=wish)  # the many off ones
     best = _best(draft, draft.instances(want.spec.name))
     if best is not None:
         return _decision(draft, want, outcome, _BY_INSTANCE[best.state], _instance_sentence(draft, best, outcome))
@@ -40,6 +40,13 @@ def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
     if outcome.state not in (None, ModelState.OFF):
         return _decision(draft, want, outcome, outcome.state or ModelState.OFF, outcome.sentence)
     return _leaving(draft, want, outcome)
+
+
+@functools.lru_cache(maxsize=10_000)
+def resting(model: ModelName, run: RunMode) -> Decision:
+    """The decision about a model that nobody wants and of which nothing is there: the same object each time it is asked for."""
+    why = "run: never" if run is RunMode.NEVER else "no request wants it"
+    return Decision(model=model, state=ModelState.OFF, sentence=f"off: {why}")
 
 
 def _best(draft: Draft, views: Sequence[InstanceView]) -> InstanceView | None:

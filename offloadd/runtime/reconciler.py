@@ -56,6 +56,7 @@ class Reconciler:
         self._took = took
         self._woken = asyncio.Event()
         self._said: dict[ModelName, str] = {}
+        self._reported: Mapping[ModelName, Decision] = {}
         self.latest = Plan()
         self._tried_at: Instant = clock.now()
         self.completed_at: Instant = self._tried_at
@@ -112,6 +113,8 @@ class Reconciler:
     def _report(self, decisions: Mapping[ModelName, Decision]) -> None:
         """Log a decision when it says something new, numbers and the coming and going of requests aside."""
         for name, decision in decisions.items():
+            if self._reported.get(name) is decision:
+                continue  # the very same one, as for all that rest
             trouble = decision.state in (ModelState.FAILED, ModelState.BACKOFF)
             said = f"{decision.state}: {decision.sentence}" if trouble else decision.sentence
             saying = gist(_IN_USE.sub("", said))
@@ -120,4 +123,5 @@ class Reconciler:
                 hint = f" ({decision.hint})" if decision.hint else ""
                 log.log(level, "%s: %s%s", name, said, hint, extra=about(EventKind.DECISION, model=name, state=decision.state))
                 self._said[name] = saying
+        self._reported = decisions
         self._said = {name: saying for name, saying in self._said.items() if name in decisions}

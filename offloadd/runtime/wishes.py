@@ -23,7 +23,9 @@ class WishBook:
         self._wake = wake
         self._wishes: dict[ModelName, Wish] = {}
         self._forgiven: dict[ModelName, Instant] = {}
-        self._planned: asyncio.Future[tuple[Plan, ObservedState]] | None = None
+        self._latest = (Plan(), ObservedState())
+        self._plans = 0
+        self._planned: asyncio.Future[None] | None = None
 
     def load(self, model: ModelName) -> None:
         """Load it now and keep it loaded; what made it fail before is forgiven. Asked for again, it is the same wish."""
@@ -50,9 +52,11 @@ class WishBook:
 
     def told(self, plan: Plan, observed: ObservedState) -> None:
         """A plan was made and begun: those who wait look whether it is as they wished."""
+        self._latest = (plan, observed)
+        self._plans += 1
         if self._planned is not None:
             planned, self._planned = self._planned, None
-            planned.set_result((plan, observed))
+            planned.set_result(None)
 
     async def until_loaded(self, model: ModelName) -> Decision:
         """The decision that says that it is ready; RequestError when it fails, or when somebody wished otherwise meanwhile."""
@@ -64,9 +68,12 @@ class WishBook:
         return await self._until(model, load=False, check=lambda plan, observed: _unloaded(model, since, plan, observed))
 
     async def _until(self, model: ModelName, *, load: bool, check: Callable[[Plan, ObservedState], Decision | None]) -> Decision:
+        seen = self._plans
         while True:
-            plan, observed = await self._next_plan()
-            found = check(plan, observed)
+            while self._plans == seen:
+                await self._next_plan()
+            seen = self._plans  # more than one may have been made before we got our turn: the latest counts
+            found = check(*self._latest)
             if found is not None:
                 return found
             wish = self._wishes.get(model)
@@ -74,7 +81,7 @@ class WishBook:
                 other = "the config was applied again" if wish is None else f"it was {'' if wish.load else 'un'}loaded by hand"
                 raise RequestError(409, "wish_overtaken", f"{model}: no longer asked for, since {other} meanwhile")
 
-    def _next_plan(self) -> Awaitable[tuple[Plan, ObservedState]]:
+    def _next_plan(self) -> Awaitable[None]:
         if self._planned is None:
             self._planned = asyncio.get_running_loop().create_future()
         return asyncio.shield(self._planned)

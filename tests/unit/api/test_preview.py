@@ -51,7 +51,7 @@ def test_each_kind_of_edit_has_its_effect() -> None:
     assert effects(change(old, (replace(old[0], priority=60), old[1]))) == {"a": ("changed", "in place")}
     assert effects(change(old, (old[1],))) == {"a": ("removed", "stop")}
     assert effects(change(old, (*old, spec("c", run=ALWAYS)))) == {"c": ("added", "start")}
-    assert effects(change(old, (*old, spec("c")))) == {"c": ("added", "in place")}
+    assert effects(change(old, (*old, spec("c")))) == {"c": ("added", "none")}
 
 
 def test_one_who_makes_room_is_named_though_it_was_not_edited() -> None:
