@@ -82,8 +82,9 @@ def _responses(each: Operation) -> dict[str, Any]:
     found: dict[str, Any] = {str(status): {"description": "as asked", "content": content} for status in each.good}
     if each.path == "/health":
         found["503"] = {"description": "the scheduler does not progress", "content": content}
-    if each.path == "/reload":
-        refused = {"anyOf": [shapes.RELOADED, shapes.ERROR]}
+    told = {"/reload": shapes.RELOADED, "/plan": shapes.DIAGNOSED}.get(each.path)
+    if told is not None:
+        refused = {"anyOf": [told, shapes.ERROR]}
         found["400"] = {
             "description": "the config was refused; the one before it is in force",
             "content": {JSON: {"schema": refused}},

@@ -38,8 +38,8 @@ class Operation:
     """Statuses of a good answer."""
 
 
-def _look(path: str, says: str, gives: Schema, scope: Scope = Scope.READ, **more: Any) -> Operation:
-    return Operation(method="GET", path=path, scope=scope, says=says, tag="status", gives={JSON: gives}, **more)
+def _look(path: str, says: str, gives: Schema, scope: Scope = Scope.READ, tag: str = "status", **more: Any) -> Operation:
+    return Operation(method="GET", path=path, scope=scope, says=says, tag=tag, gives={JSON: gives}, **more)
 
 
 def _steer(path: str, says: str, gives: Schema, **more: Any) -> Operation:
@@ -161,14 +161,17 @@ _INFERENCE = (
     _infer("/api/embed", "Ollama's embed.", shapes.OLLAMA_EMBED, "ollama", gives={JSON: shapes.OBJECT}),
     _infer("/api/embeddings", "Ollama's older embeddings.", shapes.OLLAMA_EMBEDDING, "ollama", gives={JSON: shapes.OBJECT}),
     _infer("/api/show", "Ollama's description of a model.", shapes.NAMED, "ollama", gives={JSON: shapes.OBJECT}),
-    *(_infer(path, "TGI's generate, whole or as a stream.", shapes.TGI, "tgi") for path in ("/", "/tgi/{model}")),
+    *(
+        _infer(path, "TGI's generate, whole or as a stream.", shapes.TGI, "tgi", gives={JSON: shapes.TGI_ANSWERS, EVENTS: None})
+        for path in ("/", "/tgi/{model}")
+    ),
     *(_infer(path, "TGI's generate.", shapes.TGI, "tgi", gives={JSON: shapes.OBJECT}) for path in _tgi("/generate")),
     *(_infer(path, "TGI's stream of tokens.", shapes.TGI, "tgi", gives={EVENTS: None}) for path in _tgi("/generate_stream")),
-    *(_look(path, "A model's limits, in TGI's words.", shapes.OBJECT, Scope.INFERENCE) for path in _tgi("/info")),
+    *(_look(path, "A model's limits, in TGI's words.", shapes.OBJECT, Scope.INFERENCE, "tgi") for path in _tgi("/info")),
     _look("/v1/models", "OpenAI's list of models.", shapes.OPENAI_MODELS, Scope.INFERENCE),
     _look("/v1/models/{name}", "One entry of it.", shapes.OPENAI_MODEL, Scope.INFERENCE),
-    _look("/api/tags", "Ollama's list of models.", shapes.OBJECT, Scope.INFERENCE),
-    _look("/api/ps", "Ollama's list of loaded models.", shapes.OBJECT, Scope.INFERENCE),
-    _look("/api/version", "The version of Ollama's API that this follows.", shapes.OBJECT, Scope.OPEN),
+    _look("/api/tags", "Ollama's list of models.", shapes.OBJECT, Scope.INFERENCE, "ollama"),
+    _look("/api/ps", "Ollama's list of loaded models.", shapes.OBJECT, Scope.INFERENCE, "ollama"),
+    _look("/api/version", "The version of Ollama's API that this follows.", shapes.OBJECT, Scope.OPEN, "ollama"),
 )
 OPERATIONS: Mapping[tuple[str, str], Operation] = {(each.method, each.path): each for each in (*_STATUS, *_CONTROL, *_INFERENCE)}

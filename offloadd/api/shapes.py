@@ -42,6 +42,7 @@ _ATTEMPT = thing({"at": WALL, "ok": YES, "message": TEXT, "diagnostics": listed(
 _CONFIG = {"generation": WHOLE, "applied_at": WALL, "last_attempt": _ATTEMPT}
 CONFIG = thing({**_CONFIG, "settings": OBJECT})
 RELOADED = {"anyOf": [thing(_CONFIG), thing({"accepted": YES})]}
+DIAGNOSED = thing({"ok": YES, "diagnostics": listed(OBJECT), "message": TEXT})
 HEALTH = thing(
     {"status": {"enum": ["ok", "degraded"]}},
     version=TEXT,
@@ -144,3 +145,4 @@ OLLAMA_GENERATE = thing({**_MODEL, "prompt": TEXT}, stream=YES)
 OLLAMA_EMBEDDING = thing({**_MODEL, "prompt": NAME})
 OLLAMA_EMBED = thing({**_MODEL, "input": _INPUT})
 TGI = thing({"inputs": TEXT}, parameters=OBJECT, stream=YES, model=NAME)
+TGI_ANSWERS = {"anyOf": [OBJECT, listed(OBJECT)]}
