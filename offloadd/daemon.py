@@ -344,6 +344,7 @@ class Daemon:
             allowed_hosts=self._allowed_hosts,
             meter=self._meter,
             patience=self._patience,
+            max_body=self._store.applied.desired.server.max_body,
         )
         gateway = Gateway(
             book=self._book,

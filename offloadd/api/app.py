@@ -28,12 +28,11 @@ from offloadd.api.scopes import check_query, scope_of
 from offloadd.errors import RequestError
 from offloadd.events import EventKind, about
 from offloadd.state.access import ANYBODY, Access, Caller, Scope
-from offloadd.state.desired import ModelSpec
+from offloadd.state.desired import ModelSpec, ServerSpec
 from offloadd.state.ids import ModelName
 
 log = logging.getLogger(__name__)
 
-MAX_BODY = 64 * 2**20
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _ID_KEY: web.RequestKey[str] = web.RequestKey("request_id", str)
 _present_id: ContextVar[str] = ContextVar("request_id", default="")
@@ -57,6 +56,8 @@ class Door:
     allowed_hosts: Callable[[], Collection[str]]
     meter: KeyMeter
     patience: Patience
+    max_body: int = ServerSpec().max_body
+    """Bytes of a request's body; more are refused."""
 
 
 def build_app(
@@ -73,7 +74,7 @@ def build_app(
     `find` resolves a model's name or alias; `ended` is told of every request; `shape` says a refusal as the clients of its path
     expect it, `begun` within an answer that has begun.
     """
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[_middleware(door, ended, shape, begun)])
+    app = web.Application(client_max_size=door.max_body, middlewares=[_middleware(door, ended, shape, begun)])
 
     async def finish(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(answer_headers(request, door))
@@ -289,8 +290,8 @@ def _admit(request: web.Request, access: Access, scope: Scope) -> Caller:
 
 def _check_length(request: web.Request) -> None:
     """Refuse a body that says of itself that it is too large before a byte of it is read."""
-    if request.content_length is not None and request.content_length > MAX_BODY:
-        raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY, actual_size=request.content_length)
+    if request.content_length is not None and request.content_length > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(max_size=request.client_max_size, actual_size=request.content_length)
 
 
 def _foreign(request: web.Request, error: web.HTTPException) -> RequestError:
@@ -298,7 +299,7 @@ def _foreign(request: web.Request, error: web.HTTPException) -> RequestError:
     messages = {
         404: f"there is nothing at {request.path[:200]}; the README lists the paths",
         405: f"{request.method} is not possible on {request.path[:200]}",
-        413: f"the body is larger than {MAX_BODY} bytes",
+        413: f"the body is larger than {request.client_max_size} bytes (server.max_body)",
     }
     codes = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
     code = codes.get(error.status, "http_error")

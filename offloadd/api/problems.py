@@ -67,6 +67,8 @@ def changed_at_start(begun: DesiredState, present: DesiredState) -> Iterable[str
     """Settings that are read at the start only, and that the config in force has otherwise."""
     if begun.server.listen != present.server.listen:
         yield "server.listen"
+    if begun.server.max_body != present.server.max_body:
+        yield "server.max_body"
     if begun.storage.data_dir != present.storage.data_dir:
         yield "storage.data_dir"
     if begun.storage.registry != present.storage.registry:

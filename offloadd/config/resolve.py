@@ -77,6 +77,7 @@ def _server(section: Server) -> ServerSpec:
     return ServerSpec(
         listen=section.listen,
         allowed_hosts=section.allowed_hosts,
+        max_body=section.max_body,
         on_stop=section.on_stop,
         access=access(section),
         insecure=section.insecure,

@@ -103,6 +103,8 @@ class Server(Section):
     """Addresses: `host:port`, `[::1]:9000` or `unix:/path`. Sockets passed by systemd win."""
     allowed_hosts: Annotated[tuple[fields.HostName, ...], Strict(False)] = _SERVER.allowed_hosts
     """`Host` names that are answered, beside loopback and the listen addresses."""
+    max_body: fields.Size = _SERVER.max_body
+    """The largest body of a request; pictures and sound come within it. Taken up at a restart."""
     on_stop: Annotated[OnStop, Strict(False)] = _SERVER.on_stop
     """What an end of the daemon does to the servers: `stop` them, or `keep` them running for the next daemon to take over."""
     auth: Auth = Auth()

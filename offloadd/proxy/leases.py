@@ -21,6 +21,8 @@ from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import Endpoint, EngineApi
 from offloadd.units import Instant, Seconds, format_seconds
 
+MAX_WAITING = 8192
+"""Requests that may wait at once, whatever they wait for."""
 KEEPALIVE = Seconds(5)
 """How often a request that waits may give its client a sign of life."""
 
@@ -134,6 +136,9 @@ class LeaseBook:
         lease = self._try(line, len(line.waiters), since=now, conversation=conversation)
         if lease is not None:
             return lease
+        if sum(len(line.waiters) for line in self._lines.values()) >= MAX_WAITING:
+            message = f"{MAX_WAITING} requests wait already, over all models"
+            raise RequestError(503, "too_many_waiting", message, retry_after=Seconds(5))
         granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         return await self._wait(line, _Waiter(now, granted, conversation), while_waiting)
 

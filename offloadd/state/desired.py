@@ -195,6 +195,7 @@ class ServerSpec:
 
     listen: tuple[str, ...] = ("127.0.0.1:9000",)
     allowed_hosts: tuple[str, ...] = ()
+    max_body: Bytes = Bytes(64 * 2**20)
     on_stop: OnStop = OnStop.STOP
     access: Access = field(default_factory=Access)
     insecure: bool = False

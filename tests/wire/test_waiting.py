@@ -91,3 +91,15 @@ async def test_one_that_leaves_while_it_waits() -> None:
         assert rig.served[0].fate == "cancelled"
         rig.hosts[:] = hosts
         await asyncio.sleep(0)
+
+
+async def test_all_queues_together_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offloadd.proxy.leases.MAX_WAITING", 2)
+    async with rigged(hello, queue=QueueLimits(max_wait=Seconds(0.5))) as rig:
+        rig.hosts.clear()
+        waiting = [asyncio.create_task(rig.ask(ASK)) for _ in range(2)]
+        await until(lambda: rig.book.demand().waiting, "they wait")
+        await until(lambda: sum(one.count for one in rig.book.demand().waiting.values()) == 2, "both wait")
+        status, head, body = await rig.ask(ASK)
+        assert (status, b"too_many_waiting" in body, b"Retry-After" in head) == (503, True, True)
+        assert [status for status, _, _ in await asyncio.gather(*waiting)] == [504, 504]
