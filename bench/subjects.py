@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 HOST = "127.0.0.1"
 CHAT = "/v1/chat/completions"
@@ -83,13 +84,14 @@ class Subject:
 
 def offloadd(folder: Path, port: int, gap_us: int, engine: Path, replicas: int = 1) -> Subject:
     """One daemon process, supervising the engines that it relays to. An engine works on 1,024 requests at once at the most."""
-    command = [str(engine), "--port", "${port}", "--gap-us", str(gap_us)]
-    config = {
+    # As vLLM: its streams are OpenAI's to the letter and pass as they are, and it gives plain answers that may be cancelled.
+    config: dict[str, Any] = {
         "server": {"listen": [f"{HOST}:{port}"]},
         "storage": {"data_dir": str(folder / "data"), "models_path": [str(folder)]},
-        "backends": {"fast": {"kind": "custom", "command": command, "health": {"path": "/health"}}},
-        "models": {"m": {"source": "bench/m", "backends": ["fast"], "run": "always", "parallel": 1024, "vram": "16MiB"}},
+        "backends": {"vllm": {"command": [str(engine)], "args": ["--gap-us", str(gap_us)]}},
+        "models": {"m": {"source": "bench/m", "backends": ["vllm"], "run": "always", "parallel": 1024, "vram": "16MiB"}},
     }
+    config["models"]["m"]["devices"] = "cpu"
     config["models"]["m"]["replicas"] = replicas
     config["models"]["m"]["queue"] = {"max_waiting": 10000, "max_wait": "10m"}
     path = folder / "offloadd.json"
