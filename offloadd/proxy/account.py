@@ -32,6 +32,7 @@ class Account:
         "granted",
         "lease",
         "model",
+        "moved",
         "path",
         "reason",
         "sent",
@@ -53,6 +54,8 @@ class Account:
         """Whether an engine had it."""
         self.broken = False
         """Whether the answer broke off."""
+        self.moved = False
+        """Whether it has gone to another instance already: it does so once."""
         self.turned_away = False
         """Whether it was refused within an answer that had begun while it waited."""
         self.streamed = False

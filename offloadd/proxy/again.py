@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from aiohttp import web
 
 from offloadd.events import EventKind, about
+from offloadd.proxy.account import ACCOUNT
 from offloadd.proxy.relay import BackendLostError
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,10 @@ def _repeated(route: web.RouteDef) -> web.RouteDef:
         try:
             return await first(request)
         except BackendLostError as lost:
-            if request.transport is None:
+            account = request.get(ACCOUNT)
+            if request.transport is None or account is None or account.moved:
                 raise
+            account.moved = True
             request[LOST] = lost.message
             log.info("%s; trying another", lost.message, extra=about(EventKind.REQUEST_MOVED, instance=lost.instance))
         return await first(request)

@@ -56,8 +56,6 @@ class Lease:
     """It takes no slot and keeps nothing loaded."""
     crowded: bool = False
     """Whether another request was ever on the instance at the same time."""
-    moved: bool = False
-    """Whether it was another instance's before."""
     lingers: bool = False
     """Whether the engine works on for a client that has left, so that the lease outlives its handler."""
     over: asyncio.Future[None] | None = None
@@ -337,7 +335,7 @@ class LeaseBook:
         lease.host = next(host for host in others if host.instance == seat.instance)
         lease.why = f"{seat.instance} took over from {old.instance}: {why}"
         lease.revoked = asyncio.get_running_loop().create_future()
-        lease.crowded, lease.moved = False, True
+        lease.crowded = False
         self._hold(lease)
         return True
 

@@ -118,6 +118,7 @@ class Exchange:
                     self._book.suspects.died(self._lease.host.instance.model, self._call.body)
                 if not self._may_move(error) or not self._book.move(self._lease, error.message):
                     raise
+                self._call.account.moved = True
                 self._reset()
             else:
                 self._book.memory.well(self._lease.host.instance)
@@ -125,7 +126,7 @@ class Exchange:
 
     def _may_move(self, error: RequestError) -> bool:
         """Whether another instance may be asked. What was alone on one that died is the likeliest to have killed it."""
-        if self._begun or self._lease.moved or self._call.upload is not None or error.code not in _ELSEWHERE:
+        if self._begun or self._call.account.moved or self._call.upload is not None or error.code not in _ELSEWHERE:
             return False
         return not self._sent or self._lease.crowded or error.code == "backend_busy"
 
