@@ -54,6 +54,8 @@ class Folder:
     names: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    stats: list[os.stat_result | None] = field(default_factory=list)
+    """As last read, for a comparison at once; None of one that changed so lately that whole seconds do not tell."""
     folders: list[str] = field(default_factory=list)
     troubles: dict[str, str] = field(default_factory=dict)
     """By name: what is wrong with an entry that looks like a model."""
@@ -83,7 +85,8 @@ class Tree:
         walk = _Walk(self._known, self._roots)
         for store in stores:
             walk.store(store)
-        self._known = {folder.path: folder for folder in walk.folders}
+        if walk.has_listed or len(walk.folders) != len(self._known):
+            self._known = {folder.path: folder for folder in walk.folders}
         return Look(folders=walk.folders, changed=walk.changed, problems=walk.problems)
 
 
@@ -94,6 +97,8 @@ class _Walk:
         self._known, self._roots = known, roots
         self._seen: set[tuple[int, int]] = set()
         self._files = self._listed = 0
+        self.has_listed = False
+        """Whether any folder was listed, and so is held by another object."""
         self.folders: list[Folder] = []
         self.changed: set[str] = set()
         self.problems: dict[str, str] = {}
@@ -156,20 +161,27 @@ class _Walk:
         return folder
 
     def _check(self, folder: Folder) -> Folder:
-        """Its list is as it was: are its files? Most of the time of a walk that finds nothing new is spent here."""
-        look = os.stat
-        for index, (path, mark) in enumerate(zip(folder.paths, folder.marks, strict=True)):
-            try:
-                about = look(path)
-            except OSError:
-                folder.is_sure = False  # it is listed again, which tells what has become of it
-                return self._list(Folder(folder.store, folder.path, folder.depth, folder.key, folder.changed_ns), folder)
-            if (about.st_mtime_ns, about.st_size, about.st_ino, about.st_dev) != mark:
-                folder.marks[index] = (about.st_mtime_ns, about.st_size, about.st_ino, about.st_dev)
-                self.changed.add(folder.path)
+        """Its list is as it was: are its files? A walk that finds nothing new spends its time here, nearly all in `stat`."""
+        try:
+            fresh = list(map(os.stat, folder.paths))
+        except OSError:  # it is listed again, which tells what has become of it
+            return self._list(Folder(folder.store, folder.path, folder.depth, folder.key, folder.changed_ns), folder)
+        if fresh != folder.stats:
+            self._compare(folder, fresh)
         return folder
 
+    def _compare(self, folder: Folder, fresh: list[os.stat_result]) -> None:
+        """Which files are others; a stat that differs may have been read meanwhile, and no more."""
+        now_ns = time.time_ns()
+        for index, about in enumerate(fresh):
+            mark = (about.st_mtime_ns, about.st_size, about.st_ino, about.st_dev)
+            if mark != folder.marks[index]:
+                folder.marks[index] = mark
+                self.changed.add(folder.path)
+            folder.stats[index] = about if _is_settled(about, now_ns) else None
+
     def _list(self, folder: Folder, known: Folder | None) -> Folder:
+        self.has_listed = True
         now_ns = time.time_ns()
         folder.is_sure = abs(now_ns - folder.changed_ns) > _BLURRED_S * 1e9
         with os.scandir(folder.path) as entries:
@@ -194,16 +206,17 @@ class _Walk:
             if not _is_of_interest(folder, entry.name):
                 return
             entry.name.encode()
-            mark = _mark(entry)
+            about = _regular(entry)
         except UnicodeEncodeError:
             folder.troubles[ascii(entry.name)[1:-1]] = _ODD_NAME
         except OSError as error:
             self._trouble(folder, entry, before, error)
         else:
-            if mark is None:
+            if about is None:
                 folder.troubles[entry.name] = "is not a regular file"
             else:
-                _add(folder, entry, mark)
+                mark = (about.st_mtime_ns, about.st_size, about.st_ino, about.st_dev)
+                _add(folder, entry, mark, about if _is_settled(about, time.time_ns()) else None)
 
     def _trouble(self, folder: Folder, entry: os.DirEntry[str], before: dict[str, Mark], error: OSError) -> None:
         """An entry that cannot be looked at: it is as it was, or it is told what is wrong with it."""
@@ -212,23 +225,27 @@ class _Walk:
         if error.errno == errno.ENOENT:
             folder.troubles[entry.name] = "is a link to a file that is not there"
         elif error.errno != errno.ELOOP and entry.path in before:
-            _add(folder, entry, before[entry.path])
+            _add(folder, entry, before[entry.path], None)
         else:
             folder.troubles[entry.name] = f"cannot be looked at: {error.strerror}"
 
 
-def _mark(entry: os.DirEntry[str]) -> Mark | None:
+def _regular(entry: os.DirEntry[str]) -> os.stat_result | None:
     """None for what is no regular file."""
     about = os.stat(entry.path)  # noqa: PTH116
-    if not stat.S_ISREG(about.st_mode):
-        return None
-    return (about.st_mtime_ns, about.st_size, about.st_ino, about.st_dev)
+    return about if stat.S_ISREG(about.st_mode) else None
 
 
-def _add(folder: Folder, entry: os.DirEntry[str], mark: Mark) -> None:
+def _is_settled(about: os.stat_result, now_ns: int) -> bool:
+    """Whether another change would show in whole seconds."""
+    return abs(now_ns - about.st_mtime_ns) > _BLURRED_S * 1e9 and abs(now_ns - about.st_ctime_ns) > _BLURRED_S * 1e9
+
+
+def _add(folder: Folder, entry: os.DirEntry[str], mark: Mark, about: os.stat_result | None) -> None:
     folder.names.append(entry.name)
     folder.paths.append(entry.path)
     folder.marks.append(mark)
+    folder.stats.append(about)
 
 
 def _is_passed_over(folder: Folder, name: str) -> bool:
