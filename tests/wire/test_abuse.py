@@ -526,3 +526,25 @@ async def test_an_expectation_of_too_much_is_refused_before_it_is_sent() -> None
         )
         assert (await client.head())[0] == 413
         client.close()
+
+
+async def test_five_hundred_streams_at_once_keep_every_token_in_its_place() -> None:
+    async def script(peer: Peer) -> None:
+        mark = msgspec.json.decode(peer.body)["mark"]
+        peer.say(STREAM)
+        for number in range(12):
+            piece = sse({"mark": mark, "number": number})[0]
+            peer.say(b"%x\r\n%b\r\n" % (len(piece), piece))
+            await asyncio.sleep(0.01)
+        peer.say(b"0\r\n\r\n")
+
+    async def one(rig: Rig, mark: int) -> list[tuple[int, int]]:
+        _, _, body = await rig.ask({**ASK_STREAM, "mark": mark})
+        events = [msgspec.json.decode(line[6:]) for line in body.split(b"\n\n") if line]
+        return [(event["mark"], event["number"]) for event in events]
+
+    async with rigged(script) as rig:
+        found = await asyncio.gather(*[one(rig, mark) for mark in range(500)])
+        assert found == [[(mark, number) for number in range(12)] for mark in range(500)]
+        await until(lambda: len(rig.served) == 500, "all are told of")
+        assert {one.fate for one in rig.served} == {"answered"}
