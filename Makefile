@@ -66,5 +66,8 @@ $(VENV)/.bench: $(READY)
 	$(VENV)/litellm/bin/python -m pip install --quiet 'litellm[proxy]'
 	touch $@
 
+docs: $(READY)  ## the pages that are written from the code: docs/config.md, commands.md, api.md
+	$(BIN)/python docs/generate.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -44,7 +44,9 @@ class Meters:
         self._tokens = count("tokens", "Tokens of answered requests", "model", "backend", "kind")
         self._waits = spread("request_wait", "Time in the queue until an instance was granted", _WAITS, "model")
         self._lasts = spread("request_duration", "Time from a request's arrival to its last byte", _LASTS, "model")
-        self._first = spread("request_first_token", "Time from the grant to the answer's first byte", _FIRST, "model", "backend")
+        self._first = spread(
+            "request_first_token", "Time from the grant to the first byte of an answer that is a stream", _FIRST, "model", "backend"
+        )
         text = "Mean time between two tokens of one answer"
         self._between = spread("request_inter_token", text, _BETWEEN, "model", "backend")
 
@@ -88,7 +90,7 @@ class Meters:
         self._lasts.labels(model).observe(served.duration)
         if served.waited is not None:
             self._waits.labels(model).observe(served.waited)
-        if served.first_byte is not None:
+        if served.first_byte is not None and served.streamed:  # any other answer comes whole, at its end
             self._first.labels(model, backend).observe(served.first_byte)
         if served.tokens_per_second:
             self._between.labels(model, backend).observe(1 / served.tokens_per_second)

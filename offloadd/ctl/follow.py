@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -79,18 +80,22 @@ def events(
 
 async def _events(server: Server, model: str, kinds: frozenset[str], *, as_json: bool) -> None:
     async with server.session() as session:
-        async for _, data in server.events(session, "GET", "/events"):
-            event = json.loads(data)
-            if model not in ("", event.get("model")) or (kinds and event.get("kind") not in kinds):
-                continue
-            if as_json:
-                print(data, flush=True)
-            else:
-                console.print(_line(event))
+        lost = True
+        while lost:
+            lost = False
+            async for kind, data in server.events(session, "GET", f"/events{query(model=model or None)}"):
+                lost = kind == "lost"
+                if kinds and kind not in kinds and not lost:
+                    continue
+                if as_json:
+                    print(data, flush=True)
+                else:
+                    console.print(event_line(json.loads(data)))
     raise OffloaddError("the daemon ended")
 
 
-def _line(event: dict[str, Any]) -> Text:
+def event_line(event: Mapping[str, Any]) -> Text:
+    """Time, kind and sentence of one event."""
     clock = time.strftime("%H:%M:%S", time.localtime(event.get("at", time.time())))
     style = _LEVELS.get(str(event.get("level", "")), "")
     return Text(f"{clock} ", "dim") + Text(f"{event.get('kind', '')} ", "cyan") + Text(str(event.get("message", "")), style)

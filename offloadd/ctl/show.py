@@ -138,6 +138,11 @@ def device_name(device: Json) -> Text:
     return Text(f"{device['id']} ({device['name']})")
 
 
+def short_name(device: Json) -> Text:
+    """The same, a GPU by its index, as sentences call it."""
+    return device_name(device) if device["kind"] == "host" else Text(f"gpu{device['index']} ({device['name']})")
+
+
 def size(value: int | None) -> str:
     """Bytes for people; a dash for what was not read."""
     return "-" if value is None else format_bytes(value)

@@ -180,7 +180,7 @@ def _devices(vram: Json) -> Table:
     rows = show.table("device", "memory", "used", "total", "promised", "room", "load")
     for device in vram["devices"]:
         sizes = (format_bytes(device[f"{key}_bytes"]) for key in ("used", "total", "reserved", "room"))
-        rows.add_row(show.device_name(device), show.bar(device, _BAR), *sizes, _load(device))
+        rows.add_row(show.short_name(device), show.bar(device, _BAR), *sizes, _load(device))
     return rows
 
 

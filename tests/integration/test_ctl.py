@@ -20,7 +20,7 @@ import pytest
 
 from offloadd.ctl import main
 from tests.conformance.servers import HOST, until
-from tests.integration.daemon import Daemon, model, running
+from tests.integration.daemon import CHAT, Daemon, chat, model, running
 
 WITHIN_S = 60.0
 CTL = [sys.executable, "-c", "from offloadd.ctl import main; main()"]
@@ -77,6 +77,11 @@ class Following:
             if select.select([self._end], [], [], 1)[0]:
                 self.said += self._read()
         self._read_to = at + len(text)
+
+    def says(self, text: str) -> bool:
+        """Whether it has written this by now."""
+        self._drain()
+        return text in self.said
 
     def type(self, text: str) -> None:
         os.write(self._end, text.encode())
@@ -167,6 +172,36 @@ def test_load_and_unload_by_hand(daemon: Daemon) -> None:
     daemon.wait_for("b")
     assert "absent.gguf" in ctl(daemon, "load", "gone", code=1).stderr
     assert "nobody" in ctl(daemon, "load", "nobody", code=1).stderr
+
+
+def test_why(daemon: Daemon) -> None:
+    reply = daemon.request("POST", CHAT, chat("a"), {"X-Request-Id": "asked-by-ctl"})
+    assert reply.status == 200
+    said = ctl(daemon, "explain", "a").stdout
+    assert said.startswith("a is ready: a-1 is ready on llamacpp")
+    assert "instance-ready a-1: ready after" in said
+    assert "answered with 200 by a-1" in ctl(daemon, "explain", "--request", "asked-by-ctl").stdout
+    assert "instance-ready" in ctl(daemon, "explain", "--instance", "a-1").stdout
+    assert "absent.gguf" in ctl(daemon, "explain").stdout
+    assert json.loads(ctl(daemon, "explain", "org/B:1", "--json").stdout)["model"] == "b"
+    assert "no request of this id" in ctl(daemon, "explain", "--request", "nobody", code=1).stderr
+    assert "give a MODEL, or" in ctl(daemon, "explain", "a", "--request", "x", code=2).stderr
+
+
+def test_events_as_they_happen(daemon: Daemon) -> None:
+    everything, lines = Following(daemon, ["events", "--json"]), Following(daemon, ["events", "--model", "org/B:1"])
+    try:
+        # Who follows is told only what comes after: ask until it has come.
+        until(lambda: daemon.post("/reload", None) and everything.says("config-applied"), "it follows", WITHIN_S)
+        until(
+            lambda: daemon.post("/models/b/unload?wait=1", None) and daemon.chat("b") and lines.says("instance-ready"), "so does it"
+        )
+        assert json.loads(everything.said.splitlines()[0])["kind"]
+        assert " instance-ready b-" in lines.said
+        assert " a-1" not in lines.said
+    finally:
+        everything.close()
+        lines.close()
 
 
 def test_logs(daemon: Daemon) -> None:

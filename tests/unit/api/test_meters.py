@@ -65,6 +65,11 @@ def test_a_request_that_was_answered(meters: Meters) -> None:
     assert value(meters, "request_duration_seconds_sum", model="a") == 3
 
 
+def test_an_answer_that_comes_whole_has_no_first_token(meters: Meters) -> None:
+    meters.served(replace(ANSWERED, streamed=False))
+    assert value(meters, "request_first_token_seconds_count", **HERE) is None
+
+
 def test_requests_that_were_not_are_counted_by_hop(meters: Meters) -> None:
     nothing = replace(ANSWERED, waited=None, first_byte=None, tokens_per_second=None, prompt_tokens=None, completion_tokens=None)
     for fate, status, hop in ((Fate.REFUSED, 429, "offloadd"), (Fate.FAILED, 502, "backend"), (Fate.CANCELLED, 499, "client")):
