@@ -186,7 +186,7 @@ def _folder_stem(folder: Folder) -> str:
 def _troubled(folder: Folder, name: str, why: str) -> Draft:
     path = f"{folder.path}/{name}"
     facts = ModelFacts(path=path, problem=why, hint="see what became of the file that it should be")
-    return _draft(folder, name[:-5], MODEL, Format.GGUF, facts, (0, 0, hash(path), -1))
+    return _draft(folder, name[:-5], MODEL, Format.GGUF, facts, (0, 0, -1, -1))
 
 
 def _paired(models: Sequence[Draft], projectors: Sequence[Draft]) -> Iterator[Draft]:

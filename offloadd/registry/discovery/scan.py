@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from offloadd.registry.discovery.assemble import ADAPTER, MODEL, Draft, drafts_of
 from offloadd.registry.discovery.headers import Headers
-from offloadd.registry.discovery.names import assign, slug
+from offloadd.registry.discovery.names import assign, proper_aliases, slug
 from offloadd.registry.discovery.ollama import Manifests
 from offloadd.registry.discovery.stores import HUB, OLLAMA, Store
 from offloadd.registry.discovery.tree import Folder, Look, Tree
@@ -21,6 +21,8 @@ from offloadd.state.launch import ModelFacts
 from offloadd.state.shape import ModelShape
 
 _ODD = re.compile(r"[^a-z0-9]+")
+_NO_FILE = (-1, -1)
+"""The mark of what could not be looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,14 +177,17 @@ def _main(repository: str) -> str:
         return ""
 
 
-def _once(drafts: Iterator[Draft]) -> Iterator[Draft]:
-    """A file that several names lead to counts once, under the first."""
-    seen: set[tuple[int, ...]] = set()
+def _once(drafts: Iterator[Draft]) -> list[Draft]:
+    """A file that several names lead to counts once, under the first of them; the others become aliases."""
+    kept: dict[tuple[int, ...], Draft] = {}
     for draft in drafts:
-        key = draft.mark if draft.mark != (-1, -1) else (hash(draft.path),)
-        if key not in seen:
-            seen.add(key)
-            yield draft
+        key = draft.mark if draft.mark != _NO_FILE else (hash(draft.path),)
+        first = kept.setdefault(key, draft)
+        if first is not draft:
+            name = slug(first.stem, first.path)
+            more = proper_aliases((*first.aliases, slug(draft.stem, draft.path), *draft.aliases), name)
+            kept[key] = replace(first, aliases=more)
+    return list(kept.values())
 
 
 def _without_base(draft: Draft) -> ModelFacts:

@@ -200,7 +200,8 @@ def test_ollamas_store_is_read_by_its_manifests(tmp_path: Path) -> None:
     broken.parent.mkdir()
     broken.write_text("not JSON")
     found = Disk(tmp_path, "ollama").found()
-    assert set(found) == {"me-mine", "broken"}  # all names lead to one file, which counts once: see the next
+    assert set(found) == {"me-mine", "broken"}  # all names lead to one file, which counts once
+    assert found["me-mine"].aliases == ("me/mine:latest", "me/mine", "llama3.2-1b", "llama3.2:1b", "llama3.2", "llama3.2:latest")
     assert found["me-mine"].facts.path == str(blobs / layers[0]["digest"].replace(":", "-"))
     assert found["me-mine"].projector is not None
     assert "cannot be understood" in found["broken"].facts.problem
