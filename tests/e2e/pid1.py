@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,12 +170,10 @@ def _group() -> Path:
     points = [Path(words[4]) for words in mounts if "cgroup2" in words[words.index("-") :]]
     if not points:
         pytest.skip("a systemd of its own needs control groups of version 2")
-    group = points[0] / f"offloadd-test-{os.getpid()}"
     try:
-        group.mkdir()
+        return Path(tempfile.mkdtemp(prefix="offloadd-test-", dir=points[0]))
     except OSError as problem:
         pytest.skip(f"a systemd of its own needs a control group: {problem}")
-    return group
 
 
 def _remove(group: Path) -> None:
