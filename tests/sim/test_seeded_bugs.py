@@ -70,7 +70,8 @@ def pins_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def surplus_is_counted_without_knowing_what_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(present, "is_known", lambda made, spec, view: True)
+    for module in (present, settle):
+        monkeypatch.setattr(module, "is_known", lambda made, spec, view: True)
 
 
 def everyone_may_evict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +240,7 @@ DEVICE_BUGS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     a_loan_evicts_the_pinned: "a_pinned_instance_or_one_of_higher_priority_is_never_evicted",
     a_grant_is_not_claimed: "reserved_memory_stays_within_each_devices_limit_releasing_included",
     a_loan_that_must_wait_is_left_without_a_word: "every_loan_is_granted_or_told_why_it_waits",
-    ram_and_unified_gpus_are_taken_for_two_memories: "a_start_never_takes_memory_that_others_use_or_were_promised",
+    ram_and_unified_gpus_are_taken_for_two_memories: "reserved_memory_stays_within_each_devices_limit_releasing_included",
     no_gpu_read_means_no_gpu_there: "what_belongs_on_gpus_is_not_started_on_the_cpu_because_they_cannot_be_read",
     nobody_stays_after_a_load: "nobody_is_evicted_before_it_stayed_as_long_as_its_load_took",
     models_are_divided_over_slices: "a_placement_is_made_of_the_estimates_parts",
@@ -250,11 +251,13 @@ DEVICE_BUGS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
 
 
 FIRST = {
-    surplus_is_counted_without_knowing_what_is_stale: 24,
-    ram_and_unified_gpus_are_taken_for_two_memories: 32,
+    surplus_is_counted_without_knowing_what_is_stale: 14,
+    everyone_may_evict: 12,
+    victims_are_taken_as_they_come: 9,
+    ram_and_unified_gpus_are_taken_for_two_memories: 3,
     models_are_divided_over_slices: 24,
     everybody_in_the_way_leaves: 18,
-    a_loan_evicts_the_pinned: 12,
+    a_loan_evicts_the_pinned: 5,
 }
 """The seed to begin with where many runs would be needed: it saves time while the planner is as it is, and proves nothing."""
 
