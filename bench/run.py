@@ -28,7 +28,7 @@ from bench.subjects import CHAT, HOST, Subject
 
 HERE = Path(__file__).parent
 GAP_US = 10_000
-START_S = 120.0
+START_S = 240.0
 MANY = 1000
 """Above so many streams each subject is started anew, offloadd with more engines."""
 

@@ -55,7 +55,7 @@ model_list:
   - model_name: m
     litellm_params: {{model: openai/m, api_base: "http://127.0.0.1:{engine}/v1", api_key: sk-none}}
 litellm_settings: {{num_retries: 0, telemetry: false}}
-general_settings: {{disable_spend_logs: true}}
+general_settings: {{disable_spend_logs: true, dangerously_permit_weak_or_unset_master_key: true}}
 """
 SWAP = """\
 models:
