@@ -1,0 +1,165 @@
+"""Every dialect over every engine: passed on where the engine speaks it, translated where not; refusals in each client's shape."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offloadd.proxy.dialects.anthropic_answers import MessageMerge
+from tests.conformance.processes import until
+from tests.integration.daemon import CHAT, HELLO, Daemon, chat, model, running
+from tests.integration.engines import Elsewhere, daemon_of, elsewhere, served_by
+from tests.unit.proxy.dialects.streams import events
+from tests.unit.proxy.dialects.test_anthropic import check_order
+
+ENGINES = ("llamacpp", "vllm", "tgi", "own", "cloud")
+SAID = "the night was calm"
+
+
+@pytest.fixture(scope="module")
+def away(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    with elsewhere(tmp_path_factory.mktemp("away"), TOKEN_S=0.005) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory, away: Elsewhere) -> Iterator[Daemon]:
+    models = {f"on-{name}": served_by(name) for name in ENGINES} | {"off": served_by("llamacpp", run="never")}
+    with daemon_of(tmp_path_factory.mktemp("dialects"), models, away.entry) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_anthropic(daemon: Daemon, name: str) -> None:
+    asked: dict[str, Any] = {"model": f"on-{name}", "max_tokens": 4, "system": "Be brief.", "messages": HELLO}
+    whole = daemon.post("/v1/messages", asked)
+    assert whole.status == 200, whole.body
+    assert whole.headers["X-Offloadd-Backend"] == name
+    message = whole.json()
+    assert message["content"] == [{"type": "text", "text": SAID}]
+    assert (message["model"], message["stop_reason"], message["usage"]["output_tokens"]) == (f"on-{name}", "max_tokens", 4)
+    streamed = daemon.post("/v1/messages", {**asked, "stream": True})
+    assert streamed.headers["Content-Type"].startswith("text/event-stream")
+    found = events(streamed.body)
+    check_order(found)
+    merge = MessageMerge()
+    for event in found:
+        merge.add(event)
+    assert merge.answer()["content"] == message["content"]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ollama(daemon: Daemon, name: str) -> None:
+    asked: dict[str, Any] = {"model": f"on-{name}:latest", "messages": HELLO, "options": {"num_predict": 4, "num_ctx": 99}}
+    streamed = daemon.post("/api/chat", asked)
+    assert streamed.status == 200, streamed.body
+    assert streamed.headers["Content-Type"] == "application/x-ndjson"
+    assert streamed.headers["X-Offloadd-Ignored"] == "num_ctx"
+    *pieces, last = [json.loads(line) for line in streamed.body.splitlines()]
+    assert "".join(piece["message"]["content"] for piece in pieces) == SAID
+    assert (last["done"], last["done_reason"], last["eval_count"]) == (True, "length", 4)
+    whole = daemon.post("/api/chat", {**asked, "stream": False}).json()
+    assert (whole["message"]["content"], whole["eval_count"], whole["model"]) == (SAID, 4, f"on-{name}")
+    text = daemon.post(
+        "/api/generate", {"model": f"on-{name}", "prompt": "x", "raw": True, "stream": False, "options": {"num_predict": 4}}
+    )
+    assert text.json()["response"].strip() == SAID
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_tgi(daemon: Daemon, name: str) -> None:
+    asked = {"inputs": "x", "parameters": {"max_new_tokens": 4, "details": True}}
+    whole = daemon.post(f"/tgi/on-{name}/generate", asked)
+    assert whole.status == 200, whole.body
+    assert whole.json()["generated_text"].strip() == SAID
+    assert whole.json()["details"]["finish_reason"] == "length"
+    assert whole.json()["details"]["generated_tokens"] == 4
+    streamed = daemon.post(f"/tgi/on-{name}/generate_stream", asked)
+    found = events(streamed.body)
+    assert found[-1]["generated_text"] == "".join(event["token"]["text"] for event in found if not event["token"]["special"])
+    (listed,) = daemon.post(f"/tgi/on-{name}", asked).json()
+    assert listed == whole.json()
+    assert daemon.get(f"/tgi/on-{name}/info")["model_id"] == f"on-{name}"
+
+
+def test_streams_of_openai_have_one_name_and_one_id(daemon: Daemon) -> None:
+    for name in ENGINES:
+        *chunks, done = daemon.events(f"on-{name}", tokens=3)
+        assert done == "[DONE]"
+        assert {chunk["model"] for chunk in chunks} == {f"on-{name}"}
+        assert len({chunk["id"] for chunk in chunks}) == 1
+        assert chunks[0]["id"]
+
+
+def test_counting_tokens(daemon: Daemon) -> None:
+    asked = {"messages": HELLO}
+    assert daemon.post("/v1/messages/count_tokens", {"model": "on-tgi", **asked}).json()["input_tokens"] > 0
+    refused = daemon.post("/v1/messages/count_tokens", {"model": "on-cloud", **asked})
+    assert refused.status == 400
+    assert "does not offer counting tokens" in refused.json()["error"]["message"]
+
+
+# --- refusals ---
+
+BODIES: dict[str, Any] = {
+    "/v1/messages": {"max_tokens": 4, "messages": HELLO},
+    "/api/chat": {"messages": HELLO},
+    "/generate": {"inputs": "x"},
+    "/v1/chat/completions": {"messages": HELLO},
+}
+
+
+def message_of(path: str, body: Any) -> str:
+    """The sentence of an error in the shape that the clients of a path expect."""
+    if path == "/v1/messages":
+        assert body["type"] == "error"
+        assert set(body["error"]) == {"type", "message"}
+    elif path == "/api/chat":
+        return str(body["error"])
+    elif path == "/generate":
+        assert body["error_type"]
+        return str(body["error"])
+    return str(body["error"]["message"])
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_our_refusals_have_each_clients_shape(daemon: Daemon, path: str) -> None:
+    unknown = daemon.post(path, {"model": "on-tg", **BODIES[path]})
+    assert unknown.status == 404
+    assert "did you mean on-tgi" in message_of(path, unknown.json())
+    disabled = daemon.post(path, {"model": "off", **BODIES[path]})
+    assert disabled.status == 409
+    assert message_of(path, disabled.json())
+    broken = daemon.post(path, b'{"model": "on-tgi", ')
+    assert broken.status == (422 if path == "/generate" else 400)
+    assert "not JSON" in message_of(path, broken.json())
+    method = daemon.request("PUT", path, b"{}")
+    assert method.status == 405
+    assert message_of(path, method.json())
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if path != "/generate"])
+def test_an_engines_refusal_too(daemon: Daemon, path: str) -> None:
+    messages = [{"role": "user", "content": "word " * 60_000}]
+    for stream in (False, True):
+        reply = daemon.post(path, {"model": "on-vllm", "max_tokens": 4, "messages": messages, "stream": stream})
+        assert reply.status == 400, reply.body[:300]
+        assert message_of(path, reply.json())
+        assert reply.headers["X-Offloadd-Instance"].startswith("on-vllm")
+
+
+def test_a_full_queue(tmp_path: Path) -> None:
+    with running(tmp_path, {"a": model(parallel=1, queue={"max_waiting": 1})}) as alone:
+        alone.wait_for("a")
+        with alone.stream("a", 5000), contextlib.closing(alone.begin(CHAT, chat())):
+            until(lambda: alone.look("a")["waiting"] == 1, "the queue is full")
+            for path, body in BODIES.items():
+                reply = alone.post(path, {"model": "a", **body})
+                assert reply.status == 429
+                assert message_of(path, reply.json())
+                assert int(reply.headers["Retry-After"]) >= 1
