@@ -155,7 +155,8 @@ class Ollama:
 async def _not_ours(request: web.Request) -> web.StreamResponse:
     """Models are the operator's to bring and to remove."""
     verb = request.path.rpartition("/")[2]
-    message = f"offloadd does not {verb} models by this API: put the file under storage.models_path and name it in the config"
+    how = "offloadctl pull brings one from the hub, or put the file under storage.models_path, and name it in the config"
+    message = f"offloadd does not {verb} models by this API: {how}"
     raise RequestError(501, "not_supported", message)
 
 
