@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from offloadd.proxy.dialects.anthropic_answers import MessageMerge
-from tests.conformance.processes import until
-from tests.integration.daemon import CHAT, HELLO, Daemon, chat, model, running
+from tests.integration.daemon import HELLO, Daemon
 from tests.integration.engines import Elsewhere, daemon_of, elsewhere, served_by
 from tests.unit.proxy.dialects.streams import events
 from tests.unit.proxy.dialects.test_anthropic import check_order
@@ -151,15 +148,3 @@ def test_an_engines_refusal_too(daemon: Daemon, path: str) -> None:
         assert reply.status == 400, reply.body[:300]
         assert message_of(path, reply.json())
         assert reply.headers["X-Offloadd-Instance"].startswith("on-vllm")
-
-
-def test_a_full_queue(tmp_path: Path) -> None:
-    with running(tmp_path, {"a": model(parallel=1, queue={"max_waiting": 1})}) as alone:
-        alone.wait_for("a")
-        with alone.stream("a", 5000), contextlib.closing(alone.begin(CHAT, chat())):
-            until(lambda: alone.look("a")["waiting"] == 1, "the queue is full")
-            for path, body in BODIES.items():
-                reply = alone.post(path, {"model": "a", **body})
-                assert reply.status == 429
-                assert message_of(path, reply.json())
-                assert int(reply.headers["Retry-After"]) >= 1
