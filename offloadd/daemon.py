@@ -325,7 +325,7 @@ class Daemon:
             self._lives.lives(),
             lives=self._lives,
             launcher=self._launcher,
-            holds_port=holds_port,
+            holds_port=lambda life, pid: bool(desired.engines[life.backend].stop_command) or holds_port(pid, life.endpoint.port),
             startable=lambda life: life.backend in desired.engines and desired.engines[life.backend].adapter in self._backends,
         )
         self._executor.remember(self._lives.exits(self._launcher.boot))
@@ -473,7 +473,11 @@ class Daemon:
         if self._replacing or self._leaving.is_set():
             return
         self._replacing = True
-        problem = await rehearse(self._store.path)
+        try:
+            problem = await rehearse(self._store.path)
+        except Exception as error:
+            log.exception("trying out the program that is installed now failed", extra=about(EventKind.INTERNAL_ERROR))
+            problem = str(error) or type(error).__name__
         if problem or self._leaving.is_set():
             self._replacing = False
             said = about(EventKind.DAEMON_REPLACED, problem=problem)

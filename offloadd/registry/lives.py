@@ -80,11 +80,14 @@ class LifeBook:
         self._lives: dict[str, Life] = {}
         self._unwritten: dict[tuple[type[Model], str], str | None] = {}
         """Rows that the file does not have yet; None is a row that is to go."""
+        self._filed: set[tuple[type[Model], str]] = set()
+        """Rows that the file has."""
         self.problem = ""
         """What is wrong with the file now; empty when nothing is."""
         self._lasting = ""
         """What of that stays until the next start."""
         self._database = self._open(path)
+        self._filed = {(table, str(row.get_id())) for table in _TABLES for row in table.select()}
         self._lives = {life.mark: life for life in self._read()}
 
     def lives(self) -> list[Life]:
@@ -133,7 +136,10 @@ class LifeBook:
             self._database.close()
 
     def _write(self, table: type[Model], key: str, body: str | None) -> None:
-        self._unwritten[table, key] = body
+        if body is None and (table, key) not in self._filed:
+            self._unwritten.pop((table, key), None)  # it came and went while nothing could be written
+        else:
+            self._unwritten[table, key] = body
         self._flush()
 
     def _flush(self) -> None:
@@ -148,6 +154,8 @@ class LifeBook:
                 log.warning("the daemon's own state cannot be written: %s", why, extra=about(EventKind.REGISTRY_PROBLEM))
             self.problem = f"the daemon's own state cannot be written, so a crash now would end servers: {why}"
             return
+        for row, body in self._unwritten.items():
+            (self._filed.discard if body is None else self._filed.add)(row)
         self._unwritten.clear()
         self.problem = self._lasting
 

@@ -121,6 +121,8 @@ class Instance:
         self._process: Process | None = None
         self._wanted = asyncio.Event()
         self._released = False
+        self._over = False
+        self._pen = asyncio.Lock()
         self._life = self._intent() if orphan is None else orphan[0]
         if orphan is None:
             self._wanted.set()
@@ -204,7 +206,7 @@ class Instance:
     async def _begin(self) -> ExitRecord | None:
         """Write the intent down, spawn, and write down what came of it; a record when there is nothing to watch."""
         await asyncio.to_thread(self._tools.logs.discard_old, self.id)
-        await asyncio.to_thread(self._tools.lives.keep, self._life)
+        await self._note()
         if self._stopping.is_set():
             return await self._never_lived(ExitCause(kind=ExitKind.STOPPED, message=self._stop_why))
         try:
@@ -214,7 +216,7 @@ class Instance:
         return None
 
     async def _never_lived(self, cause: ExitCause) -> ExitRecord:
-        await asyncio.to_thread(self._tools.lives.drop, self._life.mark)
+        await self._cross_out()
         return self.record(ExitStatus(), cause)
 
     async def _live(self) -> ExitRecord:
@@ -239,7 +241,7 @@ class Instance:
             said = self._about(EventKind.INSTANCE_KILLED)
             log.warning("%s left %d processes outside its group; killed", self.id, remains.killed, extra=said)
         tail = await asyncio.to_thread(self._tools.logs.tail, self.id)
-        await asyncio.to_thread(self._tools.lives.drop, self._life.mark)
+        await self._cross_out()
         return self.record(status, self._cause(status, tail, self._evidence(remains)), tail)
 
     def _evidence(self, remains: Remains) -> Evidence:
@@ -248,9 +250,20 @@ class Instance:
         return Evidence(oom_kills=remains.oom_kills, peak=remains.peak, machine_oom_kills=since)
 
     async def _note(self, **changes: object) -> None:
-        """Write down what is new."""
+        """Write down what is new. Whoever is cancelled meanwhile leaves the writing to end by itself, and in its turn."""
         self._life = replace(self._life, **changes)  # type: ignore[arg-type]
-        await asyncio.to_thread(self._tools.lives.keep, self._life)
+        await asyncio.shield(asyncio.ensure_future(self._write()))
+
+    async def _write(self) -> None:
+        async with self._pen:
+            if not self._over:
+                await asyncio.to_thread(self._tools.lives.keep, self._life)
+
+    async def _cross_out(self) -> None:
+        """Nothing of it is left, and nothing more is to be written of it."""
+        self._over = True
+        async with self._pen:
+            await asyncio.to_thread(self._tools.lives.drop, self._life.mark)
 
     def _helper(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """A task beside the process. One that fails must not leave the process unwatched, so it ends it."""
@@ -309,7 +322,8 @@ class Instance:
     async def _watch(self, process: Process) -> None:
         """From the first listening socket to the last sign of life."""
         await self._wanted.wait()
-        if not self._engine.stop_command:  # else it listens in a place that is none of our process's
+        # An orphan that was ready was vouched for by its port; with stop_command it listens where none of our processes is.
+        if self._ready_at is None and not self._engine.stop_command:
             await self._until(lambda: asyncio.to_thread(self._tools.holds_port, process.pid, self._life.endpoint.port))
         if self._state is InstanceState.STARTING:
             self._enter(InstanceState.LOADING)

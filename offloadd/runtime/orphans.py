@@ -19,13 +19,13 @@ async def take_up(
     *,
     lives: Lives,
     launcher: Launcher,
-    holds_port: Callable[[int, int], bool],
+    holds_port: Callable[[Life, int], bool],
     startable: Callable[[Life], bool],
 ) -> list[tuple[Life, Process]]:
     """Processes of earlier instances that are surely what was written down, each with that; all others are killed.
 
     Sure means the same pid with the same start in the same boot, the instance's mark where it can be read, the port in its own
-    hands if it was ever ready, and an engine that we can speak to (`startable`).
+    hands if it was ever ready (`holds_port`), and an engine that we can speak to (`startable`).
     """
     found: list[tuple[Life, ProcessId]] = []
     for life in written:
@@ -49,9 +49,9 @@ async def take_up(
     return adopted
 
 
-def _vouch(life: Life, launcher: Launcher, holds_port: Callable[[int, int], bool]) -> ProcessId | None:
+def _vouch(life: Life, launcher: Launcher, holds_port: Callable[[Life, int], bool]) -> ProcessId | None:
     process = launcher.find(life)
-    if process is not None and life.ready_at is not None and not holds_port(process.pid, life.endpoint.port):
+    if process is not None and life.ready_at is not None and not holds_port(life, process.pid):
         log.warning("%s: pid %d does not hold port %d any more", life.instance, process.pid, life.endpoint.port)
         return None
     return process

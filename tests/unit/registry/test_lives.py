@@ -199,3 +199,19 @@ def test_a_file_of_the_first_schema_is_brought_up_to_date(path: Path) -> None:
         other.execute("DROP TABLE exits")
         other.execute("PRAGMA user_version = 1")
     assert read(path) == [LIFE]
+
+
+def test_what_comes_and_goes_while_nothing_can_be_written_leaves_nothing_behind(path: Path) -> None:
+    book = LifeBook(path)
+    book.keep(LIFE)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for number in range(3):
+            book.keep(replace(LIFE, mark=f"m{number}"))
+            book.drop(f"m{number}")
+        book.drop(LIFE.mark)
+        assert len(book._unwritten) == 1, "the row that the file has"
+        other.execute("ROLLBACK")
+    book.retry()
+    book.close()
+    assert read(path) == []
