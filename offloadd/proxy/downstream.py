@@ -267,6 +267,9 @@ class Stream(asyncio.Protocol):
 
     def eof_received(self) -> None:
         """The client has closed its side, which is how a client leaves: nothing that is still to be written may keep it."""
+        source, self._source = self._source, None
+        if source is not None:
+            source.abort()
         if self._transport is not None:
             self._transport.abort()
 
