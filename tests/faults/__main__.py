@@ -25,8 +25,8 @@ _HEAD = """\
 # Faults, and what a client sees of them
 
 Each row is a fault injected into a real daemon with real processes by `make faults`, which writes this page: what a client saw,
-and how long it took until requests were answered again. Rows with `llama-server` run the real one with a real model; the stand-
-in of the tests can be told to misbehave in ways that the real one only does on bad days. A row that ends otherwise than it
+and how long it took until requests were answered again. Rows with `llama-server` run the real one with a real model; the
+stand-in of the tests can be told to misbehave in ways that the real one only does on bad days. A row that ends otherwise than it
 should makes the command fail. Times include a start of the server where one was needed (the stand-in takes about 0.4 s on an
 idle core, more where others compute too), and of the daemon where it was killed (about 1 s). Where the limits of silence are
 shortened, the row says so.
