@@ -82,6 +82,20 @@ def test_tgi_clients_are_served_by_all(daemon: Daemon, name: str) -> None:
     assert "".join(hub.text_generation("My name is", max_new_tokens=3, stream=True)) == "the night was"
 
 
+def test_oddities_of_tgi_do_not_reach_clients(daemon: Daemon) -> None:
+    """Its own word for a stop sequence, empty ids, its own name for the model."""
+    whole = daemon.chat("on-tgi", tokens=9, stop=["night"]).json()
+    assert whole["choices"][0]["finish_reason"] == "stop"
+    assert whole["id"]
+    assert whole["model"] == "on-tgi"
+    events = daemon.events("on-tgi", tokens=9, stop=["night"])
+    assert [event["choices"][0]["finish_reason"] for event in events[:-1] if event["choices"]][-1] == "stop"
+    assert all(event["id"] and event["model"] == "on-tgi" for event in events[:-1])
+    refused = daemon.chat("on-tgi", tokens=100_000)
+    assert refused.status == 400
+    assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_the_key_of_an_external_engine_is_nowhere_to_be_seen(daemon: Daemon) -> None:
     daemon.chat("on-cloud")
     for path in ("/config", "/backends", "/models", "/models/on-cloud", "/health", "/vram/status"):
