@@ -112,7 +112,7 @@ def parts(pid: int) -> dict[str, psutil.Process]:
 
 def test_its_api_server_is_killed_and_nothing_of_it_is_left(daemon: Daemon) -> None:
     old = parts(daemon.pid("on-vllm"))
-    assert {"VLLM::EngineCor", "VLLM::Worker"} <= set(old), sorted(old)
+    assert {"VLLM::EngineCore", "VLLM::Worker"} <= set(old), sorted(old)
     began = time.monotonic()
     old["leader"].kill()
     until(lambda: not any(alive(each.pid) for each in old.values()), "all of it is gone", 30)
@@ -127,7 +127,7 @@ def test_its_api_server_is_killed_and_nothing_of_it_is_left(daemon: Daemon) -> N
 
 def test_its_engine_is_killed_and_it_is_replaced(daemon: Daemon) -> None:
     old = parts(daemon.pid("on-vllm"))
-    old["VLLM::EngineCor"].kill()
+    old["VLLM::EngineCore"].kill()
     until(lambda: not any(alive(each.pid) for each in old.values()), "all of it is gone", 60)
     assert "its engine process died" in until(lambda: daemon.log if "its engine" in daemon.log else "", "the log says why")
     daemon.wait_for("on-vllm", within_s=READY_S)
