@@ -171,9 +171,11 @@ def _group() -> Path:
     if not points:
         pytest.skip("a systemd of its own needs control groups of version 2")
     try:
-        return Path(tempfile.mkdtemp(prefix="offloadd-test-", dir=points[0]))
+        group = Path(tempfile.mkdtemp(prefix="offloadd-test-", dir=points[0]))
+        group.chmod(0o755)  # its users look at their own groups below it
     except OSError as problem:
         pytest.skip(f"a systemd of its own needs a control group: {problem}")
+    return group
 
 
 def _remove(group: Path) -> None:

@@ -32,7 +32,13 @@ def manager(tmp_path: Path) -> Iterator[ServiceManager]:
         yield found
 
 
-def begin(manager: ServiceManager, models: Mapping[str, Any], port: int, patches: Mapping[str, float] | None = None) -> Daemon:
+def begin(
+    manager: ServiceManager,
+    models: Mapping[str, Any],
+    port: int,
+    patches: Mapping[str, float] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Daemon:
     """Start a daemon under the manager, for the config that is there or for these models."""
     folder = manager.folder
     base = settings(folder, port)
@@ -41,12 +47,17 @@ def begin(manager: ServiceManager, models: Mapping[str, Any], port: int, patches
         (folder / "model.gguf").write_bytes(tiny_gguf())
         config.write_text(json.dumps({**base, "models": models}))
     log = folder / f"daemon-{len(list(folder.glob('daemon-*.log')))}.log"
-    return Daemon(manager.spawn(command(config, patches), log), port, folder, config, log, base)
+    return Daemon(manager.spawn(command(config, patches), log, env), port, folder, config, log, base)
 
 
 @contextmanager
-def under(manager: ServiceManager, models: Mapping[str, Any], patches: Mapping[str, float] | None = None) -> Iterator[Daemon]:
-    daemon = begin(manager, models, free_port(), patches)
+def under(
+    manager: ServiceManager,
+    models: Mapping[str, Any],
+    patches: Mapping[str, float] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Daemon]:
+    daemon = begin(manager, models, free_port(), patches, env)
     try:
         yield daemon
         daemon.close()
@@ -96,13 +107,15 @@ def test_a_scheduler_that_does_not_progress_feeds_no_watchdog(manager: ServiceMa
         assert daemon.request("GET", "/health").status == 503
 
 
-def test_engines_are_told_nothing_of_the_manager(manager: ServiceManager) -> None:
-    with under(manager, {"a": model()}) as daemon:
+def test_engines_are_told_nothing_of_the_manager_and_the_log_is_json_when_asked_for(manager: ServiceManager) -> None:
+    with under(manager, {"a": model()}, env={"OFFLOADD_LOG": "json"}) as daemon:
         wait_healthy(daemon)
         environ = Path(f"/proc/{daemon.pid()}/environ").read_bytes().split(b"\0")
         given = {entry.partition(b"=")[0].decode() for entry in environ}
         assert "OFFLOADD_DATA_DIR" in given
         assert not {name for name in given if name.startswith(("NOTIFY_", "WATCHDOG_", "LISTEN_"))}
+        lines = [json.loads(line) for line in daemon.log.splitlines()]
+        assert "a-1" in [line["instance"] for line in lines if line.get("event") == "instance-ready"]
 
 
 def test_without_a_socket_unit_the_manager_keeps_our_socket_for_the_next_daemon(manager: ServiceManager) -> None:

@@ -170,7 +170,10 @@ def _own_folder() -> Path | None:
             if root != "/" and below.is_relative_to(root.lstrip("/")):
                 below = below.relative_to(root.lstrip("/"))
             found = Path(point) / below
-            return found if found.is_dir() else None
+            try:
+                return found if found.is_dir() else None
+            except OSError:  # a folder above it is closed to us
+                return None
     return None
 
 
