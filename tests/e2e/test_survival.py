@@ -58,6 +58,7 @@ def test_a_canary_asks_the_real_server_for_one_token(real: Real, tmp_path: Path)
         pid = daemon.pid()
 
         def predicted() -> float:
+            time.sleep(1.5)  # whoever asks shows that it lives, and a canary waits for silence
             lines = daemon.request("GET", "/upstream/a/metrics").body.decode().splitlines()
             return next(float(line.split()[1]) for line in lines if line.startswith("llamacpp:tokens_predicted_total "))
 
