@@ -190,7 +190,7 @@ class Daemon:
         self._forwarder = Forwarder(self._logs, journal_in_use)
         self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake, waits=self._waits)
         self._keeping = KeepBook()
-        self._wishes = WishBook(clock=clock, wake=self._wake)
+        self._wishes = WishBook(clock=clock, wake=self._wake, newest=lambda model: self._executor.newest(model))
         self._loans = LoanBook(clock=clock, wake=self._wake, measured=self._observer.holdings.of)
         self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools(), self._loans.grant)
         self._reconciler = Reconciler(

@@ -53,7 +53,7 @@ def wanted(draft: Draft, spec: ModelSpec) -> Want:
 def unloaded_by_hand(draft: Draft, view: InstanceView) -> bool:
     """Whether an operator has sent it away. Those that were started later have come for requests."""
     wish = draft.demand.wishes.get(view.model)
-    return wish is not None and not wish.load and view.started_at <= wish.since
+    return wish is not None and not wish.load and view.id.number <= wish.newest
 
 
 def _running(spec: ModelSpec, *, why: str, since: Instant = EVER, urgent: bool = False) -> Want:

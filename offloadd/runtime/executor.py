@@ -88,6 +88,10 @@ class Executor:
             launches=dict(self._launches),
         )
 
+    def newest(self, model: ModelName) -> int:
+        """The highest number that an instance of the model has had; 0 before the first."""
+        return self._launches.get(model, 0)
+
     def views(self) -> dict[InstanceId, InstanceView]:
         """Every instance on the books."""
         return {key: instance.view() for key, instance in self._instances.items()}

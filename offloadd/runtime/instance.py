@@ -334,8 +334,8 @@ class Instance:
         if self._state is InstanceState.LOADING:
             self._say_ready(self._ready_at)
             self._enter(InstanceState.READY)
-        self._exposed = await asyncio.to_thread(self._tools.open_ports, process.pid)
         await self._note(ready_at=self._ready_at)
+        self._exposed = await asyncio.to_thread(self._tools.open_ports, process.pid)
         await self._watch_life()
 
     def _say_ready(self, ready_at: Instant) -> None:

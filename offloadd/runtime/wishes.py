@@ -18,8 +18,10 @@ from offloadd.units import Instant
 class WishBook:
     """Who is to be loaded or unloaded by hand; those who wait for it are told after each plan."""
 
-    def __init__(self, *, clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(self, *, clock: Clock, wake: Callable[[], None], newest: Callable[[ModelName], int]) -> None:
+        """`newest` gives the highest number that an instance of the model has had."""
         self._clock = clock
+        self._newest = newest
         self._wake = wake
         self._wishes: dict[ModelName, Wish] = {}
         self._forgiven: dict[ModelName, Instant] = {}
@@ -38,7 +40,7 @@ class WishBook:
 
     def unload(self, model: ModelName) -> None:
         """Unload it now. The next request for it loads it again, unless it never runs."""
-        self._wishes[model] = Wish(load=False, since=self._clock.now())
+        self._wishes[model] = Wish(load=False, since=self._clock.now(), newest=self._newest(model))
         self._wake()
 
     def yield_to_config(self, models: Collection[ModelName]) -> None:
@@ -64,8 +66,8 @@ class WishBook:
 
     async def until_unloaded(self, model: ModelName) -> Decision:
         """The decision when all have ended that ran when the wish was made."""
-        since = self._wishes[model].since
-        return await self._until(model, load=False, check=lambda plan, observed: _unloaded(model, since, plan, observed))
+        newest = self._wishes[model].newest
+        return await self._until(model, load=False, check=lambda plan, observed: _unloaded(model, newest, plan, observed))
 
     async def _until(self, model: ModelName, *, load: bool, check: Callable[[Plan, ObservedState], Decision | None]) -> Decision:
         seen = self._plans
@@ -94,6 +96,6 @@ def _loaded(model: ModelName, plan: Plan) -> Decision | None:
     return decision if decision is not None and decision.state is ModelState.READY else None
 
 
-def _unloaded(model: ModelName, since: Instant, plan: Plan, observed: ObservedState) -> Decision | None:
+def _unloaded(model: ModelName, newest: int, plan: Plan, observed: ObservedState) -> Decision | None:
     views = (view for view in observed.instances.values() if view.model == model and view.state is not InstanceState.EXITED)
-    return None if any(view.started_at <= since for view in views) else plan.decisions.get(model)
+    return None if any(view.id.number <= newest for view in views) else plan.decisions.get(model)

@@ -39,11 +39,13 @@ class Loan:
 class Wish:
     """What an operator asked for by hand. It wins over the config until that is applied again.
 
-    `load` keeps the model loaded as `run: always` does. Else the instances that ran at `since` leave, and the model is on-demand.
+    `load` keeps the model loaded as `run: always` does. Else the instances up to `newest` leave, and the model is on-demand.
     """
 
     load: bool
     since: Instant
+    newest: int = 0
+    """Highest number that an instance of the model had at `since`: those above it came later, be it in the same moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

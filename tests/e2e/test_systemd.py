@@ -25,6 +25,7 @@ from tests.integration.daemon import CHAT, chat
 from tests.integration.systemds import ROOT, UNITS, newer, staged
 
 SERVICE = "ml-offload-api.service"
+REAPER = "ml-offload-reap.service"
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -51,6 +52,12 @@ class Operator:
     def main_pid(self) -> int:
         return int(self.show("MainPID"))
 
+    def signal(self, name: str) -> None:
+        """Send the daemon a signal; to no process at all when it does not run, rather than to our own group."""
+        pid = self.main_pid
+        assert pid > 1, "it does not run"
+        self.machine.run("kill", f"-{name}", str(pid))
+
     def wait_status(self, found: str, within_s: float = 60) -> str:
         """What `systemctl status` says, once it says that."""
         return until(lambda: text if found in (text := self.show("StatusText")) else None, f"the status has {found!r}", within_s)
@@ -76,11 +83,12 @@ def operating(real: Real, folder: Path, *drop_ins: str, tree: Path | None = None
             machine.open_way(path / "x")
         units = staged(folder / "units", *drop_ins)
         # Nothing of the shipped unit is changed but times, and a look into /tmp should this be checked out there.
+        seen = f"BindReadOnlyPaths={ROOT} {sys.prefix} {sys.base_prefix}\n"
         extra = "[Unit]\nStartLimitBurst=3\n[Service]\nWatchdogSec=6\nTimeoutAbortSec=2\n"
-        extra += (
-            f"BindReadOnlyPaths={ROOT} {sys.prefix} {sys.base_prefix}\nEnvironment=OFFLOADD_SERVER=unix:/run/offloadd/api.sock\n"
-        )
-        (units / f"{SERVICE}.d/test.conf").write_text(extra)
+        extra += f"{seen}Environment=OFFLOADD_SERVER=unix:/run/offloadd/api.sock\n"
+        for service, text in ((SERVICE, extra), (REAPER, f"[Service]\n{seen}")):
+            (units / f"{service}.d").mkdir(exist_ok=True)
+            (units / f"{service}.d/test.conf").write_text(text)
         shutil.copytree(units, machine.root / "run/units", dirs_exist_ok=True)
         for program, option in (("sysusers", ""), ("tmpfiles", "--create")):
             text = (UNITS / f"{program}.d/ml-offload.conf").read_text()
@@ -162,7 +170,7 @@ def test_a_bad_reload_fails_says_where_and_changes_nothing(operator: Operator) -
 def test_a_daemon_that_is_killed_comes_back_to_its_server_and_nobody_is_refused(operator: Operator) -> None:
     before, main = operator.servers(), operator.main_pid
     assert int(operator.show("NFileDescriptorStore")) == 1
-    operator.machine.run("kill", "-KILL", str(main))
+    operator.signal("KILL")
     operator.answers()  # waits for the next daemon, whose server is ready already
     assert operator.main_pid not in (0, main)
     assert operator.show("NRestarts") == "1"
@@ -171,8 +179,8 @@ def test_a_daemon_that_is_killed_comes_back_to_its_server_and_nobody_is_refused(
 
 
 def test_a_daemon_that_hangs_is_replaced_and_keeps_its_server(operator: Operator) -> None:
-    before, main = operator.servers(), operator.main_pid
-    operator.machine.run("kill", "-STOP", str(main))
+    before = operator.servers()
+    operator.signal("STOP")
     until(lambda: operator.show("NRestarts") == "2", "systemd has replaced it", 60)
     assert "Watchdog timeout" in operator.machine.journal()
     operator.wait_status("1 of 2 models ready (a)")
@@ -225,7 +233,7 @@ def test_what_a_service_that_failed_for_good_has_left_is_ended(operator: Operato
     operator.wait_status("1 of 2 models ready (a)")
     assert operator.servers()
     operator.write("models: [")  # no daemon can start with that
-    operator.machine.run("kill", "-KILL", str(operator.main_pid))
+    operator.signal("KILL")
     until(lambda: operator.show("ActiveState") == "failed", "systemd gives up", 60)
     until(lambda: operator.servers() == [], "the server is ended", 30)
     until(

@@ -540,7 +540,7 @@ class World:
 
     def wish(self, model: ModelName, *, load: bool) -> None:
         """Load or unload it now. To load it forgives what it did."""
-        self.wishes[model] = Wish(load=load, since=Instant(self.now))
+        self.wishes[model] = Wish(load=load, since=Instant(self.now), newest=self.launches.get(model, 0))
         if load:
             self.forgiven[model] = Instant(self.now)
 

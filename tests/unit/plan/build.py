@@ -130,7 +130,8 @@ class Scene:
         return self
 
     def by_hand(self, name: str, *, load: bool, ago: float = 1.0) -> Scene:
-        self.wishes[ModelName(name)] = Wish(load=load, since=Instant(NOW - ago))
+        there = [one.id.number for one in self.instances.values() if one.model == name and one.started_at <= NOW - ago]
+        self.wishes[ModelName(name)] = Wish(load=load, since=Instant(NOW - ago), newest=max(there, default=0))
         if load:
             self.forgiven[ModelName(name)] = Instant(NOW - ago)
         return self

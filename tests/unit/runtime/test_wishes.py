@@ -41,7 +41,7 @@ def world() -> World:
 
 @pytest.fixture
 def book(world: World) -> WishBook:
-    return WishBook(clock=world, wake=world.wake)
+    return WishBook(clock=world, wake=world.wake, newest=lambda _: 1)
 
 
 def plan(state: ModelState, sentence: str = "so it is") -> Plan:
