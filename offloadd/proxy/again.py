@@ -1,6 +1,7 @@
 """A request whose engine was lost before the first byte of an answer goes to another: a replica, the next engine, or its successor.
 
-Once, and never after the first byte: a request that has ended two servers may well be what ends them.
+Once, and never after the first byte. One that was alone on a process of ours that died is not given to the next: it may well be
+what ended it, and whoever sent it is told.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _repeated(route: web.RouteDef) -> web.RouteDef:
             return await first(request)
         except BackendLostError as lost:
             account = request.get(ACCOUNT)
-            if request.transport is None or account is None or account.moved:
+            if request.transport is None or account is None or account.moved or lost.suspect:
                 raise
             account.moved = True
             request[LOST] = lost.message

@@ -78,6 +78,8 @@ class BackendLostError(RequestError):
         message = f"the backend {host.instance} ({host.backend}) was lost: {why}"
         super().__init__(502, "backend_lost", message, retry_after=Seconds(1))
         self.instance = host.instance
+        self.suspect = False
+        """Whether the request was alone on a process of ours that died: then it is the likeliest to have killed it."""
 
 
 class Exchange:
@@ -116,6 +118,8 @@ class Exchange:
                     self._book.memory.ill(self._lease.host.instance)
                 if self._lease.died and self._call.body:
                     self._book.suspects.died(self._lease.host.instance.model, self._call.body)
+                if isinstance(error, BackendLostError):
+                    error.suspect = self._lease.died and self._sent and not self._lease.crowded
                 if not self._may_move(error) or not self._book.move(self._lease, error.message):
                     raise
                 self._call.account.moved = True
