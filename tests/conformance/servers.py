@@ -40,7 +40,7 @@ def free_port() -> int:
         return port
 
 
-def until(condition: Callable[[], Any], what: str, within_s: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:
     """Poll until `condition` gives something true, and return that; fail when it takes too long."""
     deadline = time.monotonic() + within_s
     while True:

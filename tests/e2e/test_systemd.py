@@ -235,7 +235,7 @@ def test_what_a_service_that_failed_for_good_has_left_is_ended(operator: Operato
     operator.write("models: [")  # no daemon can start with that
     operator.signal("KILL")
     until(lambda: operator.show("ActiveState") == "failed", "systemd gives up", 60)
-    until(lambda: operator.servers() == [], "the server is ended", 30)
+    until(lambda: operator.servers() == [], "the server is ended", 90)
     until(
         lambda: not any("populated 1" in (group / "cgroup.events").read_text() for group in operator.groups()), "groups are empty"
     )

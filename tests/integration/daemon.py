@@ -25,8 +25,8 @@ from tests.conformance.servers import HOST, STANDIN, Reply, free_port, tiny_gguf
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
-START_WITHIN_S = 30.0
-END_WITHIN_S = 30.0
+START_WITHIN_S = 60.0
+END_WITHIN_S = 60.0
 _BUGS = re.compile(r"Traceback|internal error|reconcile cycle failed|never retrieved|ResourceWarning|this is a bug")
 _PATCHED = """\
 import importlib, sys
@@ -154,7 +154,7 @@ class Daemon:
     def state(self, name: str = "a") -> str:
         return str(self.look(name)["state"])
 
-    def wait_for(self, name: str = "a", state: str = "ready", within_s: float = 15) -> Any:
+    def wait_for(self, name: str = "a", state: str = "ready", within_s: float = 60) -> Any:
         """What /models/{name} says once the model is in `state`."""
         return until(lambda: found if (found := self.look(name))["state"] == state else None, f"{name} is {state}", within_s)
 

@@ -174,7 +174,7 @@ def _agree(daemon: Daemon) -> None:
     """Every number of the ledger is a metric, and the same; those of RAM may change in between."""
     status, text = daemon.get("/vram/status"), daemon.request("GET", "/metrics").body.decode()
     seen = {
-        (sample.name, *(sample.labels.get(label, "") for label in ("device", "instance"))): sample.value
+        (sample.name, *(sample.labels.get(label, "") for label in ("device", "instance_id"))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }

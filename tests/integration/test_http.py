@@ -68,7 +68,7 @@ def test_models(daemon: Daemon) -> None:
     own = one["offloadd"]
     assert own["vram"]["estimated"] == 64 * 2**20
     assert own["fits"] == "now"
-    assert own["backends"][0] == {"name": "llamacpp", "available": True, "reason": "", "hint": ""}
+    assert own["backends"][0] == {"name": "llamacpp", "available": True, "fits": "now", "reason": "", "hint": ""}
     assert own["size_bytes"] == (daemon.folder / "model.gguf").stat().st_size
 
 
