@@ -83,10 +83,6 @@ class Manager:
         """The end begins, and may take so long from now, whatever TimeoutStopSec= says."""
         return self._tell("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int(within * 1e6)}", *_status(status))
 
-    def main_pid(self, pid: int) -> bool:
-        """Another process is the service's main one from now on."""
-        return self._tell(f"MAINPID={pid}")
-
     # --- keeping ---
 
     def store(self, name: str, *fds: int, poll: bool = True) -> bool:
