@@ -364,7 +364,7 @@ class Daemon:
         )
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
         by_hand = by_hand_routes(self._wishes, gateway.find, self._decision)
-        routes = [*with_another_try([*gateway.routes(), *dialects]), borrow, logs, *by_hand]
+        routes = [*with_another_try([*gateway.routes(), *dialects], gateway.engines), borrow, logs, *by_hand]
         routes.append(plan_route(self._preview))
         routes += pull_routes(self._pulls)
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)

@@ -34,6 +34,8 @@ from offloadd.state.ids import ModelName
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_NAME = r"(?!.+/(?:un)?load$).+"
+"""A model's name in a path. One that ends like an action on a model is told from that by writing its slash as %2F."""
 _ID_KEY: web.RequestKey[str] = web.RequestKey("request_id", str)
 _present_id: ContextVar[str] = ContextVar("request_id", default="")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -161,7 +163,7 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
         web.get("/health", health),
         web.get("/vram/status", show(views.vram_status)),
         web.get("/models", _list_models(control)),
-        web.get("/models/{name:.+}", _show_one(control, find)),
+        web.get(f"/models/{{name:{_NAME}}}", _show_one(control, find)),
         web.get("/backends", show(views.backends)),
         web.get("/backends/{name}", _show_backend(control)),
         web.get("/config", show(views.config)),

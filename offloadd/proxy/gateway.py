@@ -13,7 +13,7 @@ from aiohttp import web
 from offloadd.errors import RequestError
 from offloadd.proxy import bodies, headers, relay, routing, speech
 from offloadd.proxy.account import Accounts
-from offloadd.proxy.again import LOST
+from offloadd.proxy.again import LOST, check_other
 from offloadd.proxy.bodies import Body
 from offloadd.proxy.dialects import openai, openai_streams, plain, sse
 from offloadd.proxy.dialects.base import Change, Translation
@@ -22,7 +22,7 @@ from offloadd.proxy.leases import Lease, LeaseBook
 from offloadd.proxy.media import check_media
 from offloadd.proxy.upstream import Pool
 from offloadd.state.desired import DesiredState, ModelSpec
-from offloadd.state.ids import BackendName
+from offloadd.state.ids import BackendName, ModelName
 from offloadd.units import Seconds
 
 SMALL = 64 * 1024
@@ -92,6 +92,11 @@ class Gateway:
         if not self._may_use(spec):
             raise RequestError(403, "model_not_allowed", f"this key may not use {spec.name}", param="model")
         return spec
+
+    def engines(self, model: ModelName) -> tuple[BackendName, ...]:
+        """Those that may serve a model now."""
+        spec = self._desired().models.get(model)
+        return spec.backends if spec else ()
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/…`: the body goes on as it is, save for the model's `request` rules."""
@@ -281,6 +286,7 @@ class Gateway:
 
     def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None, *, as_json: bool = False) -> relay.Call:
         """The call that a request becomes. `as_json`: its body is ours, and JSON, whatever the client said of its own."""
+        check_other(request, lease.host.backend)
         if body:
             check_media(body, self._desired().server.access.media_hosts)
             self._book.suspects.check(lease.host.instance.model, body)
@@ -317,7 +323,7 @@ class Gateway:
         """Header lines of ours: whose answer it is, and to what."""
         origin = relay.origin(lease)
         if LOST in request:
-            origin["X-Offloadd-Reason"] += f"; before, {request[LOST]}"
+            origin["X-Offloadd-Reason"] += f"; before, {request[LOST].message}"
         return headers.lines((*self._bears(request).items(), *origin.items(), *more.items()))
 
 

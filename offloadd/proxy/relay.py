@@ -77,7 +77,7 @@ class BackendLostError(RequestError):
         host = lease.host
         message = f"the backend {host.instance} ({host.backend}) was lost: {why}"
         super().__init__(502, "backend_lost", message, retry_after=Seconds(1))
-        self.instance = host.instance
+        self.instance, self.backend = host.instance, host.backend
         self.suspect = False
         """Whether the request was alone on a process of ours that died: then it is the likeliest to have killed it."""
 

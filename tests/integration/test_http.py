@@ -218,6 +218,7 @@ def test_unknown_paths_and_methods(daemon: Daemon) -> None:
     reply = daemon.request("GET", CHAT)
     assert error_of(reply, 405)["code"] == "method_not_allowed"
     assert "POST" in reply.headers["Allow"]
+    assert daemon.request("OPTIONS", "/models/a/load").headers["Allow"] == "POST"
 
 
 def test_an_engine_that_the_model_does_not_have(daemon: Daemon) -> None:
