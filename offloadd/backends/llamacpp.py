@@ -324,9 +324,12 @@ class LlamaCpp:
         return default_exit(status, log_tail, was_ready=was_ready)
 
 
+_USUAL = LlamaCppOptions()
+
+
 def _options(spec: ModelSpec) -> LlamaCppOptions:
     chosen = spec.options.get("llamacpp")
-    return chosen if isinstance(chosen, LlamaCppOptions) else LlamaCppOptions()
+    return chosen if isinstance(chosen, LlamaCppOptions) else _USUAL
 
 
 def _cells(context: int) -> int:

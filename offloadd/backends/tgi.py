@@ -225,9 +225,12 @@ class Tgi(HubEngine):
         return default_exit(status, log_tail, was_ready=was_ready)
 
 
+_USUAL = TgiOptions()
+
+
 def _options(spec: ModelSpec) -> TgiOptions:
     chosen = spec.options.get("tgi")
-    return chosen if isinstance(chosen, TgiOptions) else TgiOptions()
+    return chosen if isinstance(chosen, TgiOptions) else _USUAL
 
 
 def _context(spec: ModelSpec, facts: ModelFacts) -> int:

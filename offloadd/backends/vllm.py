@@ -298,9 +298,12 @@ class Vllm(HubEngine):
         return cause
 
 
+_USUAL = VllmOptions()
+
+
 def _options(spec: ModelSpec) -> VllmOptions:
     chosen = spec.options.get("vllm")
-    return chosen if isinstance(chosen, VllmOptions) else VllmOptions()
+    return chosen if isinstance(chosen, VllmOptions) else _USUAL
 
 
 def _context(spec: ModelSpec, facts: ModelFacts) -> int:

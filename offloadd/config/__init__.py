@@ -15,10 +15,12 @@ from offloadd.backends.base import Backend
 from offloadd.config.decode import decode
 from offloadd.config.diagnostics import Diagnostic, Severity, note, render_json, render_text
 from offloadd.config.files import ConfigUnreadableError, SystemSecrets, read_sources
+from offloadd.config.known import Former, Known, put_back, remembered, texts_of, without
 from offloadd.config.nodes import Node
 from offloadd.config.publish import json_schema
 from offloadd.config.resolve import resolve
 from offloadd.config.secrets import Secrets, secret_nodes, shown
+from offloadd.config.sections import config_model
 from offloadd.config.source import Mark, SourceText
 from offloadd.config.syntax import parse_all
 from offloadd.state.desired import DesiredState
@@ -56,6 +58,8 @@ class Loaded:
     """(file, line) of lines that hold a literal secret and are never printed."""
     secrets: frozenset[str] = field(default_factory=frozenset, repr=False)
     """The literal secrets themselves, for whoever must not write them."""
+    former: Former = field(default_factory=Former, repr=False, compare=False)
+    """Of a good config, what makes the reading of the next one quick."""
 
     @property
     def errors(self) -> tuple[Diagnostic, ...]:
@@ -72,21 +76,41 @@ class Loaded:
         return render_text(self.diagnostics, self.sources, self.hidden)
 
 
-def load(sources: Sequence[SourceText], *, backends: Mapping[str, Backend], secrets: Secrets) -> Loaded:
-    """Read one config from all its texts. Never raises for what they say: every problem is a diagnostic, all at once."""
+def load(
+    sources: Sequence[SourceText], *, backends: Mapping[str, Backend], secrets: Secrets, former: Former | None = None
+) -> Loaded:
+    """Read one config from all its texts. Never raises for what they say: every problem is a diagnostic, all at once.
+
+    `former` is what an earlier reading left. It makes this one quicker, and changes nothing of what comes out.
+    """
     with _no_collections():
-        return _load(sources, backends, secrets)
+        return _load(sources, backends, secrets, former or Former())
 
 
-def _load(sources: Sequence[SourceText], backends: Mapping[str, Backend], secrets: Secrets) -> Loaded:
+def _load(sources: Sequence[SourceText], backends: Mapping[str, Backend], secrets: Secrets, former: Former) -> Loaded:
     root, problems = parse_all(sources)
     if root is None:
         return Loaded(None, _sorted(problems, sources), {}, tuple(sources))
-    decoded = decode(root, backends=backends, secrets=secrets)
-    desired, found = resolve(decoded, root, backends)
-    diagnostics = _sorted([*problems, *decoded.problems, *found], sources)
+    texts = texts_of(root)
+    same = former.same(texts, config_model(backends))
+    decoded = decode(root, backends=backends, secrets=secrets, same=same)
+    resolved = resolve(decoded, root, backends, same, former)
+    diagnostics = _sorted([*problems, *decoded.problems, *resolved.found], sources)
+    rest = without(root, same)  # what is known holds no secret
+    seen = _shown(root, rest, same)
+    spots = tuple(secret_nodes(rest))
     failed = any(entry.severity is Severity.ERROR for entry in diagnostics)
-    return Loaded(None if failed else desired, diagnostics, shown(root), tuple(sources), _hidden_lines(root), _literal(root))
+    if failed or decoded.config is None or resolved.desired is None:
+        return Loaded(None, diagnostics, seen, tuple(sources), _hidden_lines(spots), _literal(spots))
+    quiet = {name: text for name, text in texts.items() if name not in resolved.spoken_of}
+    kept = remembered(root, resolved.basis, same, quiet, decoded.config.models, resolved.desired.models, seen)
+    return Loaded(resolved.desired, diagnostics, seen, tuple(sources), _hidden_lines(spots), _literal(spots), kept)
+
+
+def _shown(root: Node, rest: Node, same: Mapping[str, Known]) -> dict[str, Any]:
+    seen: dict[str, Any] = shown(rest)
+    put_back(seen, root, {name: each.shown for name, each in same.items()})
+    return seen
 
 
 @contextlib.contextmanager
@@ -111,11 +135,11 @@ def _sorted(found: Iterable[Diagnostic], sources: Sequence[SourceText]) -> tuple
     return tuple(sorted(kept, key=lambda entry: (order.get(entry.mark.file, 0), entry.mark)))
 
 
-def _literal(root: Node) -> frozenset[str]:
-    return frozenset(str(node.value) for node in secret_nodes(root) if isinstance(node.value, str))
+def _literal(secrets: Iterable[Node]) -> frozenset[str]:
+    return frozenset(str(node.value) for node in secrets if isinstance(node.value, str))
 
 
-def _hidden_lines(root: Node) -> frozenset[tuple[str, int]]:
+def _hidden_lines(secrets: Iterable[Node]) -> frozenset[tuple[str, int]]:
     """Lines of every literal secret, a text over several lines included."""
-    spans = ((node.mark.file, range(node.mark.line, node.last_line + 1)) for node in secret_nodes(root))
+    spans = ((node.mark.file, range(node.mark.line, node.last_line + 1)) for node in secrets)
     return frozenset((file, line) for file, lines in spans for line in lines)

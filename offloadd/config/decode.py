@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 
 from offloadd.backends.base import Backend
 from offloadd.config.diagnostics import Diagnostic, did_you_mean, error
+from offloadd.config.known import Known, put_back, without
 from offloadd.config.nodes import Node, Path, find
 from offloadd.config.schema import ConfigFile, Section
 from offloadd.config.secrets import Secrets, expand, is_secret_name
@@ -39,14 +40,17 @@ class Decoded:
         return not any(gone[: len(path)] == path[: len(gone)] for gone in self.dropped)
 
 
-def decode(root: Node, *, backends: Mapping[str, Backend], secrets: Secrets) -> Decoded:
+def decode(root: Node, *, backends: Mapping[str, Backend], secrets: Secrets, same: Mapping[str, Known] | None = None) -> Decoded:
     """Validate a tree whose root is a mapping.
 
-    What is wrong is reported and dropped, and the rest validated again, so that references in it can be checked too.
+    What is wrong is reported and dropped, and the rest validated again, so that references in it can be checked too. Models that
+    are the `same` as before are not read again: the validation library takes what it has made before as it is.
     """
+    known = same or {}
     decoded = Decoded()
     filled = _Filler(secrets, decoded.problems)
-    data = filled.plain(root, ())
+    data = filled.plain(without(root, known), ())
+    put_back(data, root, {name: each.section for name, each in known.items()})
     decoded.dropped.update(filled.failed)
     model = config_model(backends)
     for turn in range(_MAX_ROUNDS):

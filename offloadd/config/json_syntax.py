@@ -1,6 +1,6 @@
 r"""JSON text to a Node tree.
 
-The standard parser decides what is JSON. It keeps no places, so a second walk over the tokens, now known to be in order,
+The standard parser decides what is JSON. It keeps no places, so a second walk over keys and values, now known to be in order,
 builds the tree. The YAML parser could not do that: JSON allows tabs, a line break before a colon and `\ud83d\ude00`.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Iterator
 
 from offloadd.config.diagnostics import Diagnostic
@@ -16,7 +15,12 @@ from offloadd.config.limits import TextError, check_count, check_depth, real_num
 from offloadd.config.nodes import Node, Pair, Scalar, mapping
 from offloadd.config.source import Mark, SourceText
 
-_TOKEN = re.compile(r'[ \t\r\n]*("[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\],:]|[^\s{}\[\],:"]+)')
+_TEXT = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+_VALUE = rf'({_TEXT}|[{{\[]|[^\s{{}}\[\],:"]+)'
+"""A value that is whole, or the bracket that opens one."""
+_PAIR = re.compile(rf"[\s,]*({_TEXT})\s*:\s*{_VALUE}")
+_ITEM = re.compile(rf"[\s,]*{_VALUE}")
+_CLOSING = re.compile(r"\s*[}\]]")
 _STARTS_JSON = re.compile(r'\s*\{\s*(?:["}]|//|/\*)')
 _WORDS: dict[str, Scalar] = {"true": True, "false": False, "null": None}
 
@@ -35,61 +39,80 @@ def parse_json(source: SourceText, problems: list[Diagnostic]) -> Node:
         raise _explained(source, problem) from None
     except RecursionError:
         pass  # valid as far as it was read, and the walk says where it is too deep
-    return _Walk(source, problems).value(1)
+    return _Walk(source, problems).document()
 
 
 class _Walk:
-    """Builds nodes from the tokens of a text that is known to be JSON."""
+    """Builds nodes from a text that is known to be JSON: so a pair that does not begin here is a bracket that closes here."""
 
     def __init__(self, source: SourceText, problems: list[Diagnostic]) -> None:
         self._file = source.name
+        self._text = source.text
         self._problems = problems
-        self._tokens = _TOKEN.finditer(source.text)
-        self._lines = [0, *(found.end() for found in re.finditer("\n", source.text))]
+        self._at = 0
+        """Up to where it is read."""
+        self._line = 1
+        self._line_start = 0
+        self._line_end = self._end_of_line()
         self._count = 0
 
-    def value(self, depth: int) -> Node:
-        """The next value."""
-        return self._value(*self._next(), depth)
+    def document(self) -> Node:
+        """The value that the text is."""
+        found = _ITEM.match(self._text)
+        assert found is not None  # noqa: S101  (it is JSON)
+        self._at = found.end()
+        return self._value(found[1], self._mark(found.start(1)), 1)
 
     def _value(self, word: str, mark: Mark, depth: int) -> Node:
         self._count += 1
         check_count(self._count, mark)
         if word == "{":
             check_depth(depth, mark)
-            return Node(mapping(list(self._pairs(depth)), self._problems), mark, mark.line)
+            return Node(mapping(self._pairs(depth), self._problems), mark, mark.line)
         if word == "[":
             check_depth(depth, mark)
             return Node(list(self._items(depth)), mark, mark.line)
         return Node(_scalar(word, mark), mark, mark.line)
 
     def _pairs(self, depth: int) -> Iterator[Pair]:
-        word, mark = self._next()
-        while word != "}":
-            if word == ",":
-                word, mark = self._next()
-            self._next()  # the colon
-            yield Pair(whole_text(json.loads(word), mark), mark, self.value(depth + 1))
-            word, mark = self._next()
+        while found := _PAIR.match(self._text, self._at):
+            self._at = found.end()
+            name, word = found.groups()
+            key = self._mark(found.start(1))
+            yield Pair(_unquoted(name, key), key, self._value(word, self._mark(found.start(2)), depth + 1))
+        self._close()
 
     def _items(self, depth: int) -> Iterator[Node]:
-        word, mark = self._next()
-        while word != "]":
-            if word == ",":
-                word, mark = self._next()
-            yield self._value(word, mark, depth + 1)
-            word, mark = self._next()
+        while found := _ITEM.match(self._text, self._at):
+            self._at = found.end()
+            yield self._value(found[1], self._mark(found.start(1)), depth + 1)
+        self._close()
 
-    def _next(self) -> tuple[str, Mark]:
-        found = next(self._tokens)
-        start = found.start(1)
-        line = bisect_right(self._lines, start)
-        return found[1], Mark(self._file, line, start - self._lines[line - 1] + 1)
+    def _close(self) -> None:
+        found = _CLOSING.match(self._text, self._at)
+        assert found is not None  # noqa: S101  (it is JSON)
+        self._at = found.end()
+
+    def _mark(self, start: int) -> Mark:
+        """The place of this character, which comes after those that were asked for before."""
+        while start > self._line_end:
+            self._line, self._line_start = self._line + 1, self._line_end + 1
+            self._line_end = self._end_of_line()
+        return Mark(self._file, self._line, start - self._line_start + 1)
+
+    def _end_of_line(self) -> int:
+        """Where the line break is, or the text's end."""
+        found = self._text.find("\n", self._line_start)
+        return len(self._text) if found < 0 else found
+
+
+def _unquoted(word: str, mark: Mark) -> str:
+    return whole_text(json.loads(word) if "\\" in word else word[1:-1], mark)
 
 
 def _scalar(word: str, mark: Mark) -> Scalar:
     if word[0] == '"':
-        return whole_text(json.loads(word), mark) if "\\" in word else word[1:-1]
+        return _unquoted(word, mark)
     if word in _WORDS:
         return _WORDS[word]
     if word.lstrip("-").isdigit():

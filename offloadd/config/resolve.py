@@ -10,6 +10,7 @@ from offloadd.config.decode import MAX_REPORTED, Decoded
 from offloadd.config.diagnostics import Diagnostic, did_you_mean, error, warning
 from offloadd.config.door import access, check_door
 from offloadd.config.engines import Builtin, builtins, can_read, is_hub_id
+from offloadd.config.known import MODELS, Basis, Former, Known
 from offloadd.config.nodes import Node, Path, find
 from offloadd.config.notes import notes
 from offloadd.config.owned import owned_flag, owned_variable
@@ -25,7 +26,7 @@ from offloadd.config.schema import (
     Server,
     Storage,
 )
-from offloadd.config.sections import to_options
+from offloadd.config.sections import config_model, to_options
 from offloadd.state.desired import (
     BackendKind,
     BackendOptions,
@@ -48,17 +49,48 @@ from offloadd.state.desired import (
 from offloadd.state.ids import BackendName, ModelName
 
 
-def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tuple[DesiredState | None, list[Diagnostic]]:
-    """Check what `decode` left and make the state of it; only a whole config's state is worth keeping."""
+@dataclass(slots=True)
+class Resolved:
+    """The state, what was found on the way to it, and what the entries of `models` depend on."""
+
+    desired: DesiredState | None = None
+    found: list[Diagnostic] = field(default_factory=list)
+    basis: Basis = field(default_factory=Basis)
+    spoken_of: set[str] = field(default_factory=set)
+    """Models of which something was found."""
+
+
+def resolve(
+    decoded: Decoded,
+    root: Node,
+    backends: Mapping[str, Backend],
+    same: Mapping[str, Known] | None = None,
+    former: Former | None = None,
+) -> Resolved:
+    """Check what `decode` left and make the state of it; only a whole config's state is worth keeping.
+
+    Of models that are the `same` as in the `former` config, among the same engines, there is nothing new to find.
+    """
     if decoded.config is None:
-        return None, []
+        return Resolved()
     scope = _Scope(decoded.config, decoded, root, backends)
-    models = {ModelName(name): _model(scope, name, section) for name, section in decoded.config.models.items()}
+    basis = Basis(config_model(backends), tuple(scope.preferences.items()))
+    known = {} if same is None or former is None or former.basis != basis else same
+    spoken_of: set[str] = set()
+    models: dict[ModelName, ModelSpec] = {}
+    for name, section in decoded.config.models.items():
+        said = len(scope.found)
+        models[ModelName(name)] = known[name].spec if name in known else _model(scope, name, section)
+        if len(scope.found) > said:
+            spoken_of.add(name)
     _check_backends(scope)
     _check_names(scope)
     _check_budget(scope)
     scope.found.extend(check_door(decoded.config.server, decoded, root))
-    scope.found.extend(notes(decoded.config, root))
+    for where, found in notes(decoded.config, root, known):
+        scope.found.append(found)
+        if where[0] == MODELS:
+            spoken_of.add(str(where[1]))
     if not decoded.config.models and not decoded.config.discovery.serve and not decoded.problems:
         scope.found.append(warning(root.mark, "no models: whatever runs will be stopped"))
     named = {name for spec in models.values() for name in spec.backends}
@@ -70,7 +102,7 @@ def resolve(decoded: Decoded, root: Node, backends: Mapping[str, Backend]) -> tu
         models=models,
         discovery=_discovery(scope, decoded.config.discovery),
     )
-    return state, scope.found
+    return Resolved(state, scope.found, basis, spoken_of)
 
 
 def _server(section: Server) -> ServerSpec:
@@ -99,6 +131,7 @@ class _Scope:
     found: list[Diagnostic] = field(default_factory=list)
     builtin: dict[str, Builtin] = field(init=False)
     engine_names: list[str] = field(init=False)
+    preferences: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.builtin = builtins(self.backends)
@@ -106,6 +139,7 @@ class _Scope:
         written, reached = find(self.root, ("backends",))
         keys = written.node.value if reached and isinstance(written.node.value, dict) else {}
         self.engine_names = list(dict.fromkeys((*self.builtin, *keys)))
+        self.preferences = {name: _preference(self, name) for name in self.engine_names}
 
     def node(self, *path: str | int) -> Node:
         """The value written at `path`."""
@@ -223,8 +257,7 @@ def _check_engine(scope: _Scope, path: Path, engine: str, section: ModelSection)
 
 def _default_engines(scope: _Scope, path: Path, section: ModelSection) -> tuple[BackendName, ...]:
     """Every engine that can read what it would be given, the preferred one first."""
-    preferences = {name: _preference(scope, name) for name in scope.engine_names}
-    ranked = sorted(scope.engine_names, key=lambda name: (preferences[name], name))
+    ranked = sorted(scope.engine_names, key=lambda name: (scope.preferences[name], name))
     chosen = [name for name in ranked if _offers(scope, name, section)]
     if not chosen:
         readable = "; ".join(
@@ -336,7 +369,7 @@ def _engine(scope: _Scope, name: BackendName, section: BackendSection) -> Engine
         command=section.command or (builtin.command if builtin else ()),
         args=section.args,
         env=section.env,
-        preference=_preference(scope, name),
+        preference=scope.preferences[name],
         stop_command=section.stop_command or (),
         ready=ReadyRule(path=section.health.path, status=section.health.ready_status) if section.health else ReadyRule(),
         api=(section.inference.path if section.inference else "/v1").rstrip("/"),

@@ -123,14 +123,14 @@ class _Build:
         for event in self._events:
             if isinstance(event, yaml.MappingEndEvent):
                 return
-            name = self._key(event, depth)
+            mark = self._mark(event)
+            name = self._key(event, mark, depth)
             value = self._value(next(self._events), depth)
             if name is not None:
-                yield Pair(name, self._mark(event), value)
+                yield Pair(name, mark, value)
 
-    def _key(self, event: Any, depth: int) -> str | None:
+    def _key(self, event: Any, mark: Mark, depth: int) -> str | None:
         """A key is its text: `0: …` under budget.gpus names the device "0"."""
-        mark = self._mark(event)
         if not isinstance(event, yaml.ScalarEvent):
             self._value(event, depth)
             self._problems.append(error(mark, "a key is a name, not a list, a mapping or an alias"))

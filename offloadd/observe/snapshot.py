@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 READ_TIMEOUT = Seconds(5)
 HOST = "host"
+_UNKNOWN = ModelFacts()
 CONSIDERED_AT_ONCE = 20
 """Models whose needs are worked out in one go; a registry may have very many."""
 
@@ -116,7 +117,7 @@ class Observer:
         self, desired: DesiredState, pids: Mapping[Hashable, int], held: Mapping[str, ModelFacts] | None = None
     ) -> None:
         known = self._known()
-        sources = sorted(source for source in self._named(desired) if source not in known)
+        sources = sorted({source for source in self._named(desired) if source not in known})
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
         folders = desired.storage.models_path
@@ -162,8 +163,9 @@ class Observer:
             self.engines = {view.name: view for view in views}
             self._facts, self._offers = self._facts if facts is None else facts, dict(self._offers)
             try:
+                bound = self._bound(desired)
                 return {
-                    name: tuple(self._candidate(desired, spec, backend) for backend in spec.backends)
+                    name: tuple(self._candidate(desired, spec, backend, bound[backend]) for backend in spec.backends)
                     for name, spec in desired.models.items()
                 }
             finally:
@@ -173,8 +175,9 @@ class Observer:
         """Work out the candidates of this config, those anew whose basis has changed; the loop goes on meanwhile."""
         self._offers = {key: offer for key, offer in self._offers.items() if key[0] in desired.models}
         candidates: dict[ModelName, tuple[Candidate, ...]] = {}
+        bound = self._bound(desired)
         for index, (name, spec) in enumerate(desired.models.items()):
-            candidates[name] = tuple(self._candidate(desired, spec, backend) for backend in spec.backends)
+            candidates[name] = tuple(self._candidate(desired, spec, backend, bound[backend]) for backend in spec.backends)
             if index % CONSIDERED_AT_ONCE == CONSIDERED_AT_ONCE - 1:
                 await asyncio.sleep(0)
         self.candidates = candidates
@@ -200,10 +203,13 @@ class Observer:
             blind=self.blind,
         )
 
-    def _candidate(self, desired: DesiredState, spec: ModelSpec, name: BackendName) -> Candidate:
+    def _bound(self, desired: DesiredState) -> Mapping[BackendName, Backend | None]:
+        """The adapter of each engine, made once for all the models that name it."""
+        return {name: backend_of(self._backends, engine) for name, engine in desired.engines.items()}
+
+    def _candidate(self, desired: DesiredState, spec: ModelSpec, name: BackendName, backend: Backend | None) -> Candidate:
         engine = desired.engines[name]
         view = self.engines.get(name)
-        backend = backend_of(self._backends, engine)
         facts = self._facts_of(spec, name, backend)
         if view is not None and (backend is None or view.problem):
             return Candidate(backend=name, facts=facts, problem=view.problem, hint=view.hint)
@@ -218,9 +224,10 @@ class Observer:
 
     def _named(self, desired: DesiredState) -> Iterator[str]:
         """Every file that the config names."""
+        bound = self._bound(desired)
         for spec in desired.models.values():
             for name in spec.backends:
-                backend = backend_of(self._backends, desired.engines[name])
+                backend = bound[name]
                 if backend is None or backend.source_need(spec.source_for(name)) is not SourceNeed.NOTHING:
                     yield spec.source_for(name)
                 yield from backend.companions(spec) if backend else ()
@@ -238,7 +245,7 @@ class Observer:
         return replace(facts, companions=beside) if beside else facts
 
     def _fact(self, source: str) -> ModelFacts:
-        return self._known().get(source) or self._facts.get(source, ModelFacts())
+        return self._known().get(source) or self._facts.get(source, _UNKNOWN)
 
     async def _in_time(self, what: str, read: Callable[[], T]) -> T | None:
         """Call `read` in a thread, under a deadline; None when it fails or is late, and `problems` says so.

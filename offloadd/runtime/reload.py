@@ -17,6 +17,7 @@ from offloadd.backends.base import Backend
 from offloadd.clock import Clock
 from offloadd.config import ConfigUnreadableError, Loaded, SourceText, SystemSecrets, load, read_sources
 from offloadd.config.diagnostics import Diagnostic, render_text
+from offloadd.config.known import Former
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
 from offloadd.state.desired import DesiredState
@@ -74,6 +75,8 @@ class ConfigStore:
         self._lock = asyncio.Lock()
         self._queued: asyncio.Task[Attempt] | None = None
         self._digest = b""
+        self._former = Former()
+        """Of the config in force, what need not be worked out again for the next one."""
         self.blind = ""
         """Why changes of the file bring no event, so that it is only looked at now and then; empty when they do."""
         self.applied = Applied(desired=DesiredState())
@@ -159,7 +162,7 @@ class ConfigStore:
             return self._refused(Attempt(wall=self._clock.wall(), message=str(error)), why)
         self._digest = _digest(sources)
         secrets = SystemSecrets()
-        loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=secrets)
+        loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=secrets, former=self._former)
         redaction.hide(secrets.known | loaded.secrets)
         if loaded.desired is None:
             return self._refused(Attempt(wall=self._clock.wall(), loaded=loaded), why)
@@ -169,6 +172,7 @@ class ConfigStore:
                 await self._before(desired)
             except PermanentError as error:
                 return self._refused(Attempt(wall=self._clock.wall(), message=f"{error.message}: {error.hint}"), why)
+        self._former = loaded.former
         self.applied = Applied(desired=desired, shown=loaded.shown, wall=self._clock.wall())
         if self._after is not None:
             self._after()
