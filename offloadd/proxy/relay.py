@@ -373,13 +373,7 @@ class Passing(Exchange):
         self._stream.begin(head.status, head.fields, head.length, connection)
         write = self._stream.raw
         if write is not None:
-            tap = self._tap.feed
-
-            def through(data: bytes) -> None:
-                tap(data)
-                write(data)
-
-            connection.pass_through(through)
+            connection.pass_through(self._tap.feed, write)
 
     def _end(self, trailer: Fields) -> None:
         self._stream.finish(trailer)

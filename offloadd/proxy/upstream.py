@@ -32,7 +32,9 @@ LEAVING = 60.0
 """So long a backend is given to notice that its client has left, where it cannot be interrupted at once."""
 SIGN_EVERY = 1.0
 """How often instances that have sent bytes are said to be alive."""
-_CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
+_LONGEST_SIZE = 7
+"""Digits of a chunk's size in its plainest form."""
+_CHUNK = re.compile(rb"([0-9a-fA-F]{1,%d})\r\n" % _LONGEST_SIZE)
 
 
 class StaleError(ConnectionError):
@@ -96,6 +98,7 @@ class Connection(asyncio.Protocol):
         "_parser",
         "_pieces",
         "_pool",
+        "_seen",
         "_silent",
         "_taker",
         "_through",
@@ -139,6 +142,7 @@ class Connection(asyncio.Protocol):
         self._silent = 0
         self._between = False
         self._through: Callable[[bytes], None] | None = None
+        self._seen: Callable[[bytes], None] | None = None
 
     # --- what the owner does ---
 
@@ -182,9 +186,12 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def pass_through(self, write: Callable[[bytes], None]) -> None:
-        """From now on whole chunks are not taken apart, but given to `write` as they came. The last chunk is still the taker's."""
-        self._through = write
+    def pass_through(self, seen: Callable[[bytes], None], write: Callable[[bytes], None]) -> None:
+        """From now on whole chunks are not taken apart, but given to `seen` and to `write` as they came.
+
+        The last chunk is still the taker's.
+        """
+        self._seen, self._through = seen, write
 
     def sign(self) -> None:
         """Tell the taker, if bytes came since the last time."""
@@ -206,7 +213,7 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing() or not transport.can_write_eof():
             self.abort()
             return None
-        self._taker = self._through = None  # whatever still comes closes it at once
+        self._taker = self._through = self._seen = None  # whatever still comes closes it at once
         loop = asyncio.get_running_loop()
         self._gone = loop.create_future()
         timer = loop.call_later(LEAVING, self.abort)
@@ -216,7 +223,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close it, whatever is under way: the backend sees its client leave."""
-        self._taker = self._through = None
+        self._taker = self._through = self._seen = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -229,10 +236,16 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer; on an idle connection nobody has asked for any."""
         self.fresh = True
-        if self._through is not None and self._between and _are_whole_chunks(data):
-            # Where the parser stands, between two chunks, it stands behind them as well: so it need not see them.
-            self._through(data)
-            return
+        seen, write = self._seen, self._through
+        if self._between and write is not None and seen is not None:
+            # Nearly always one whole chunk, which is all that a token costs: so that is looked at here, without another call.
+            end = data.find(b"\r\n", 1, _LONGEST_SIZE + 2)
+            one = end > 0 and _chunk_size(data[:end]) == len(data) - end - 4 and data.endswith(b"\r\n")
+            if one or _are_whole_chunks(data):
+                # Where the parser stands, between two chunks, it stands behind them as well: so it need not see them.
+                seen(data)
+                write(data)
+                return
         taker, parser = self._taker, self._parser
         if taker is None or parser is None:
             self.abort()
@@ -374,6 +387,12 @@ class Connection(asyncio.Protocol):
         assert self._parser is not None  # noqa: S101
         self._keep = self._keep and self._parser.should_keep_alive()
         self._ended = not self._tunnel
+
+
+@functools.lru_cache(maxsize=4096)  # chunks of tokens have few sizes
+def _chunk_size(digits: bytes) -> int | None:
+    """The size that a chunk's first line says; None for the last chunk, and for anything but plain digits."""
+    return int(digits, 16) or None if re.fullmatch(rb"[0-9a-fA-F]+", digits) else None
 
 
 def _are_whole_chunks(data: bytes) -> bool:
