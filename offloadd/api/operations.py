@@ -151,7 +151,12 @@ _INFERENCE = (
     _infer("/v1/chat/completions", "OpenAI's chat completions.", shapes.CHAT, "openai"),
     _infer("/v1/completions", "OpenAI's completions.", shapes.COMPLETION, "openai"),
     _infer("/v1/embeddings", "OpenAI's embeddings.", shapes.EMBEDDING, "openai", gives={JSON: shapes.OBJECT}),
-    _infer("/v1/responses", "OpenAI's responses, of engines that have them.", shapes.NAMED, "openai"),
+    _infer(
+        "/v1/responses",
+        "OpenAI's responses; none is stored.",
+        shapes.NAMED,
+        "openai",
+    ),
     _infer("/v1/responses/input_tokens", "How long a response's input is.", shapes.NAMED, "openai", gives={JSON: shapes.OBJECT}),
     *(_infer(f"/v1/{path}", f"OpenAI's {path}, of engines that have it.", shapes.NAMED, "openai") for path in _OF_SOME),
     _infer("/v1/messages", "Anthropic's messages.", shapes.MESSAGES, "anthropic"),

@@ -164,7 +164,8 @@ class Gateway:
         stream: Stream | None = request.get(EARLY)
         if stream is None:
             return None
-        self._accounts.open(request).turned_away = True
+        account = self._accounts.open(request)
+        account.turned_away, account.broken = True, account.sent
         stream.fail(error)
         return stream.release()
 
@@ -217,7 +218,7 @@ class Gateway:
         try:
             await relay.Passing(self._pool, self._book, lease, call, stream).run()
         except RequestError as error:
-            if not stream.status:
+            if not stream.status or error.code == "unsupported_capability":  # which a translation may still help
                 raise
             call.account.broken, call.account.reason = True, error.message
             stream.fail(error)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +45,46 @@ def idle(daemon: Daemon) -> None:
     """The server's slots are free again, soon after a client has left."""
     until(lambda: daemon.load("smollm2") == 0, "the lease is back", 5)
     until(lambda: not any(slot["is_processing"] for slot in daemon.get("/upstream/smollm2/slots")), "the slot is free", 5)
+
+
+@contextlib.contextmanager
+def chat_only(daemon: Daemon) -> Iterator[str]:
+    """A server before the daemon that passes on its chat completions and its list of models, and has nothing else; its URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.pass_on(None)
+
+        def do_POST(self) -> None:
+            self.pass_on(self.rfile.read(int(self.headers["Content-Length"])))
+
+        def pass_on(self, body: bytes | None) -> None:
+            if self.path not in ("/v1/models", "/v1/chat/completions"):
+                self.send_error(404)
+                return
+            connection = daemon.connect()
+            connection.request(self.command, self.path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.end_headers()
+            with contextlib.closing(connection), contextlib.suppress(ConnectionError):
+                while piece := answer.read1():
+                    self.wfile.write(piece)
+
+    server = http.server.ThreadingHTTPServer((HOST, 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://{HOST}:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 class TestAnthropic:
@@ -276,6 +319,43 @@ class TestOpenAi:
         assert events[-1].response.output_text == answer.output_text
         with pytest.raises(openai.BadRequestError, match="no responses are stored"):
             client.responses.retrieve("resp_1")
+
+    def test_tools_of_a_response(self, client: openai.OpenAI) -> None:
+        tools: Any = [{"type": "function", "name": "weather", "parameters": CITY, "strict": False}]
+        called = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Paris"}'}
+        given = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
+        asked: Any = [*PARIS, called, given]
+        assert client.responses.create(model="smollm2", input=asked, tools=tools, max_output_tokens=16).output
+
+    def test_responses_of_a_server_that_has_only_chat(self, client: openai.OpenAI, daemon: Daemon, tmp_path: Path) -> None:
+        """They say what the real server's own say, since its chat does."""
+        with chat_only(daemon) as url:
+            backends = {"far": {"kind": "external", "url": url}}
+            models = {"far": {"source": "none", "backends": ["far"], "sources": {"far": "smollm2"}, "run": "always"}}
+            with running(tmp_path, models, backends=backends) as second:
+                second.wait_for("far")
+                with openai.OpenAI(base_url=f"http://{HOST}:{second.port}/v1", api_key="unused", max_retries=0) as far:
+                    asked: dict[str, Any] = {"input": "What is gravity?", "max_output_tokens": 12, "temperature": 0}
+                    own, made = client.responses.create(model="smollm2", **asked), far.responses.create(model="far", **asked)
+                    assert made.output_text == own.output_text != ""
+                    assert made.usage
+                    assert own.usage
+                    assert (made.status, made.usage.output_tokens) == (own.status, own.usage.output_tokens)
+                    assert made.usage.input_tokens == own.usage.input_tokens
+                    with far.responses.stream(model="far", **asked) as stream:
+                        events = list(stream)
+                    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == own.output_text
+                    assert events[-1].type == "response.incomplete"
+                    assert events[-1].response.output_text == own.output_text
+                    tools: Any = [{"type": "function", "name": "weather", "parameters": CITY, "strict": False}]
+                    called = {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Paris"}'}
+                    given = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
+                    talk: Any = [*PARIS, called, given]
+                    assert far.responses.create(model="far", input=talk, tools=tools, max_output_tokens=16).output
+                    left = far.responses.create(model="far", input="What is gravity?", max_output_tokens=1000, stream=True)
+                    next(iter(left))
+                    left.close()
+        idle(daemon)
 
     def test_two_choices_are_counted(self, client: openai.OpenAI) -> None:
         answer = client.chat.completions.create(model="smollm2", messages=GRAVITY, n=2, max_tokens=4)

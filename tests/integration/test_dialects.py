@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import openai
 import pytest
 
 from offloadd.proxy.dialects.anthropic_answers import MessageMerge
+from tests.conformance.servers import HOST
 from tests.integration.daemon import HELLO, Daemon
 from tests.integration.engines import Elsewhere, daemon_of, elsewhere, served_by
 from tests.unit.proxy.dialects.streams import events
@@ -48,6 +50,33 @@ def test_anthropic(daemon: Daemon, name: str) -> None:
     for event in found:
         merge.add(event)
     assert merge.answer()["content"] == message["content"]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_responses(daemon: Daemon, name: str) -> None:
+    """None of these servers has them, though some might: there the first request finds it out."""
+    with openai.OpenAI(base_url=f"http://{HOST}:{daemon.port}/v1", api_key="unused", max_retries=0) as client:
+        tools: Any = [{"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": False}]
+        asked: dict[str, Any] = {"model": f"on-{name}", "input": "Hello", "instructions": "Be brief.", "max_output_tokens": 4}
+        raw = client.responses.with_raw_response.create(**asked, tools=tools, store=False)
+        assert raw.headers["X-Offloadd-Backend"] == name
+        whole = raw.parse()
+        assert (whole.output_text.strip(), whole.status, whole.model) == (SAID, "incomplete", f"on-{name}")
+        assert whole.usage
+        assert (whole.usage.output_tokens, whole.tools[0].type) == (4, "function")
+        found = list(client.responses.create(**asked, stream=True))
+        assert [event.sequence_number for event in found] == list(range(len(found)))
+        assert "".join(event.delta for event in found if event.type == "response.output_text.delta") == whole.output_text
+        assert found[-1].type == "response.incomplete"
+        assert found[-1].response.output_text == whole.output_text
+        with client.responses.stream(**asked) as stream:  # puts the texts together by itself, from the events
+            (done,) = [event for event in stream if event.type == "response.output_text.done"]
+        assert done.text == whole.output_text
+        again = [{"role": "user", "content": "Hello"}, *(item.to_dict() for item in whole.output), {"role": "user", "content": "x"}]
+        assert client.responses.create(**{**asked, "input": again}).output_text
+        with pytest.raises(openai.BadRequestError, match='"previous_response_id": no responses are stored') as caught:
+            client.responses.create(**asked, previous_response_id=whole.id)
+        assert (caught.value.code, caught.value.param) == ("unsupported_capability", "previous_response_id")
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -1,4 +1,4 @@
-"""OpenAI's responses: an engine's events with the numbers, names and endings that OpenAI's clients count on."""
+"""OpenAI's responses of engines that make them: with the numbers, names and endings that OpenAI's clients count on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _TOLD_BACK = (
     "max_output_tokens",
     "metadata",
     "parallel_tool_calls",
+    "reasoning",
     "temperature",
+    "text",
     "top_p",
     "tools",
     "tool_choice",
@@ -62,9 +64,7 @@ class ResponsesTurn:
     def refuse(self, error: RequestError) -> list[Object]:
         """An `error` event."""
         self._number += 1
-        return [
-            {"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": self._number}
-        ]
+        return [error_event(error, self._number)]
 
     def _place(self, kind: str, event: Object) -> Object:
         """Which item, and which part of it, an event is about."""
@@ -82,10 +82,7 @@ class ResponsesTurn:
         return place
 
     def _response(self, response: Object, *, ended: bool) -> Object:
-        told: Object = {name: self.asked[name] for name in _TOLD_BACK if name in self.asked}
-        usual: Object = {"parallel_tool_calls": True, "tools": [], "tool_choice": "auto", "output": [], "error": None}
-        usual |= {"incomplete_details": None, "instructions": None, "metadata": {}, "object": "response"}
-        found = {**usual, **told, **response, "model": self.model}
+        found = {**told_back(self.asked), **response, "model": self.model}
         if ended and found.get("status") in (None, "completed") and (found["incomplete_details"] or self._cut(found)):
             details = found["incomplete_details"] or {"reason": "max_output_tokens"}
             return {**found, "status": "incomplete", "incomplete_details": details}
@@ -95,6 +92,18 @@ class ResponsesTurn:
         """Whether it has as many tokens as it may have."""
         limit, made = self.asked.get("max_output_tokens"), (response.get("usage") or {}).get("output_tokens")
         return isinstance(limit, int) and isinstance(made, int) and made >= limit
+
+
+def told_back(asked: Object) -> Object:
+    """The fields of a response that say what was asked for, and those that stay empty."""
+    usual: Object = {"parallel_tool_calls": True, "tools": [], "tool_choice": "auto", "output": [], "error": None}
+    usual |= {"incomplete_details": None, "instructions": None, "metadata": {}, "object": "response", "store": False}
+    return usual | {name: asked[name] for name in _TOLD_BACK if asked.get(name) is not None}
+
+
+def error_event(error: RequestError, number: int) -> Object:
+    """An error within a stream."""
+    return {"type": "error", "code": error.code, "message": error.message, "param": error.param, "sequence_number": number}
 
 
 class ResponseMerge:
