@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import resource
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Hashable, Mapping, Sequence
@@ -33,13 +32,15 @@ from offloadd.api.problems import Problems, changed_at_start, of_listeners, of_m
 from offloadd.api.pulls import pull_routes
 from offloadd.api.recent import Recent
 from offloadd.api.service import Service
-from offloadd.backends.base import Backend, backend_of
+from offloadd.backends.base import Backend
 from offloadd.catalog import Catalog
 from offloadd.chronicle import Chronicle, registry_of
 from offloadd.clock import Clock, SystemClock
 from offloadd.config import Loaded, SourceText, SystemSecrets, load, render_json
+from offloadd.ending import Ending, Estate
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
+from offloadd.hosts import ReadyHosts
 from offloadd.journal import journal_in_use
 from offloadd.observe.devices import DeviceReader
 from offloadd.observe.devices.amdgpu import AmdReader
@@ -56,7 +57,7 @@ from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.endpoints import dialect_routes
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.keeping import KeepBook
-from offloadd.proxy.leases import Host, LeaseBook
+from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.upstream import Pool
 from offloadd.registry.content import content_of_model
 from offloadd.registry.hub.jobs import Pulls
@@ -67,7 +68,7 @@ from offloadd.runtime.forward import Forwarder
 from offloadd.runtime.instance import Tools
 from offloadd.runtime.launchers.local import LocalLauncher
 from offloadd.runtime.loans import LoanBook
-from offloadd.runtime.lock import leave_kept, locked
+from offloadd.runtime.lock import locked
 from offloadd.runtime.logs import LogFolder, printable
 from offloadd.runtime.orphans import take_up
 from offloadd.runtime.reconciler import Reconciler
@@ -75,13 +76,12 @@ from offloadd.runtime.reload import ConfigStore, explain
 from offloadd.runtime.wishes import WishBook
 from offloadd.state.actions import Decision, ModelState, Plan
 from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState, HealthPolicy, ModelSpec, OnStop
+from offloadd.state.desired import DesiredState, HealthPolicy, OnStop
 from offloadd.state.history import History
-from offloadd.state.ids import BackendName, InstanceId, ModelName
-from offloadd.state.launch import EngineApi
+from offloadd.state.ids import InstanceId, ModelName
 from offloadd.state.observed import LEAVING, InstanceState, ObservedState
 from offloadd.state.served import Served
-from offloadd.succession import Heirloom, ready_for_signals, rehearse, take_place
+from offloadd.succession import ready_for_signals, take_place
 from offloadd.systemd import Manager
 from offloadd.units import Seconds
 
@@ -97,14 +97,6 @@ TRIM = Seconds(1)
 """How often instances' logs are checked against their bound."""
 QUIET_TRIM = Seconds(3)
 """The same while there are no instances."""
-GRACE = Seconds(30)
-"""On SIGTERM, requests that run may go on for so long; a second signal ends the wait."""
-LAST_CALL = Seconds(0.25)
-"""Who was let in just before we accept no more gets so long to send a request."""
-HAND_OVER = Seconds(5)
-"""What began just before another program takes our place may go on for so long."""
-STOP_MARGIN = Seconds(15)
-"""Beyond the grace and the slowest server's stop_timeout: killing, reaping, closing."""
 STALLED = Seconds(30)
 """A reconcile loop that completed no cycle for so long makes no progress: /health answers 503."""
 
@@ -130,8 +122,9 @@ async def serve(
         async with open_session() as session:
             daemon = Daemon(store, backends, clock, data_dir, session, manager or Manager())
             await daemon.run(started)
-    if daemon.heirlooms is not None:
-        take_place(daemon.heirlooms, daemon.environment(), told_to_end=daemon.told_to_end)
+    heirlooms = daemon.ending.heirlooms
+    if heirlooms is not None:
+        take_place(heirlooms, daemon.environment(), told_to_end=daemon.ending.told_to_end)
 
 
 class Daemon:
@@ -151,7 +144,7 @@ class Daemon:
         self._backends = backends
         self._session = session
         self._pool = Pool()
-        self._ready_hosts: dict[ModelName, Sequence[Host]] = {}
+        self._ready_hosts = ReadyHosts(lambda: self._executor, lambda: store.applied.desired, backends)
         self._host_names: tuple[object, frozenset[str]] = (None, frozenset())
         self._manager = manager
         self._service = Service(manager, self.look)
@@ -163,14 +156,6 @@ class Daemon:
         self._patience = Patience(clock, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.meters = Meters()
         self.meters.registry.register(PictureCollector(self.look))
-        self._leaving = asyncio.Event()
-        self._closing = False
-        self._replacing = False
-        self._succeeded = False
-        """Whether we end because another program takes our place."""
-        self.heirlooms: Sequence[Heirloom] | None = None
-        """Sockets for the program that is to take our place once we have ended; None when none is."""
-        self._hurry = asyncio.Event()
         self._asked: asyncio.Task[Picture] | None = None
         readers: list[DeviceReader] = [HostReader(), NvmlReader(), AmdReader()]
         self._observer = Observer(readers, backends, read_model, content_of_model, clock, lambda: self._catalog.facts())
@@ -188,11 +173,25 @@ class Daemon:
         self._lives = LifeBook(data_dir / "state.db")
         self._logs = LogFolder(data_dir / "logs")
         self._forwarder = Forwarder(self._logs, journal_in_use)
-        self._book = LeaseBook(clock=clock, hosts=self._hosts, decision=self._decision, wake=self._wake, waits=self._waits)
+        self._book = LeaseBook(clock=clock, hosts=self._ready_hosts.of, decision=self._decision, wake=self._wake, waits=self._waits)
         self._keeping = KeepBook()
         self._wishes = WishBook(clock=clock, wake=self._wake, newest=lambda model: self._executor.newest(model))
         self._loans = LoanBook(clock=clock, wake=self._wake, measured=self._observer.holdings.of)
         self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools(), self._loans.grant)
+        self.ending = Ending(
+            clock,
+            Estate(
+                config=store.path,
+                data_dir=data_dir,
+                book=self._book,
+                executor=self._executor,
+                lives=self._lives,
+                service=self._service,
+                listeners=lambda: self._listeners,
+                keeps=lambda: self._keeps,
+                wake=self._wake,
+            ),
+        )
         self._reconciler = Reconciler(
             clock=clock,
             desired=self._desired,
@@ -241,10 +240,8 @@ class Daemon:
             eventloop.settle()
             started(self)
             self._service.ready()
-            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, lambda: group.create_task(self._replace()))
-            await self._leaving.wait()
-            await (self._hand_over() if self._succeeded else self._wind_down())
-            self._end_signals()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, lambda: group.create_task(self.ending.replace()))
+            await self.ending.run()
             for task in tasks:
                 task.cancel()
         await self._pulls.close()
@@ -254,9 +251,7 @@ class Daemon:
 
     def stop(self) -> None:
         """Begin to end: as SIGTERM does. Called again, it stops waiting for requests."""
-        if self._leaving.is_set():
-            self._hurry.set()
-        self._leaving.set()
+        self.ending.begin()
 
     def look(self) -> Picture:
         """One reading of everything."""
@@ -350,17 +345,17 @@ class Daemon:
             book=self._book,
             desired=lambda: self._catalog.desired,
             pool=self._pool,
-            cancels_only_streams=self._cancels_only_streams,
+            cancels_only_streams=self._ready_hosts.cancels_only_streams,
             request_id=request_id,
             bears=lambda request: answer_headers(request, door),
             accounts=accounts,
-            api_of=self._api,
+            api_of=self._ready_hosts.api,
             may_use=lambda spec: caller().may_use(spec.name, spec.aliases),
         )
         server = self._store.applied.desired.server
         borrow = borrow_route(self._loans, lambda name: self._reconciler.latest.loans.get(name, "waits to be looked at"))
         dialects = dialect_routes(
-            gateway, accounts=accounts, api_of=self._api, look=lambda: as_seen(self.look()), keep=self._keep_loaded
+            gateway, accounts=accounts, api_of=self._ready_hosts.api, look=lambda: as_seen(self.look()), keep=self._keep_loaded
         )
         logs = logs_route(self._logs, self._runs, gateway.find, printable)
         by_hand = by_hand_routes(self._wishes, gateway.find, self._decision)
@@ -443,107 +438,14 @@ class Daemon:
     async def _reload_by_signal(self) -> None:
         await self._store.reload("SIGHUP")
 
-    async def _wind_down(self) -> None:
-        """An empty config drains and stops everything by the ordinary rules; after the grace, all that is left is stopped.
-
-        With `on_stop: keep`, only the requests end: the servers run on.
-        """
-        limits = [view.spec.stop_timeout for view in self._executor.views().values()]
-        self._service.stopping(Seconds(GRACE + max(limits, default=0) + STOP_MARGIN))
-        await self._last_call()
-        self._closing = True
-        said = about(EventKind.DAEMON_STOPPING)
-        log.info("stopping: no new requests; those that run may go on for %g s", GRACE, extra=said)
-        self._book.close("offloadd is shutting down")
-        self._wake()
-        await self._wait_until(lambda: not self._in_use(), GRACE)
-        if self._keeps:
-            kept = len(self._executor.alive())
-            await self._executor.let_go()
-            leave_kept(self._data_dir)
-            log.info("stopped: %d instances run on (server.on_stop: keep)", kept, extra=about(EventKind.DAEMON_STOPPED, kept=kept))
-            return
-        self._executor.stop_all("offloadd is shutting down")
-        await self._executor.wait_all()
-        await asyncio.to_thread(self._lives.forget_exits)
-        log.info("stopped: no process is left", extra=about(EventKind.DAEMON_STOPPED))
-
-    async def _replace(self) -> None:
-        """SIGUSR2: let the program that is installed now take our place, if it can start and takes the config."""
-        if self._replacing or self._leaving.is_set():
-            return
-        self._replacing = True
-        try:
-            problem = await rehearse(self._store.path)
-        except Exception as error:
-            log.exception("trying out the program that is installed now failed", extra=about(EventKind.INTERNAL_ERROR))
-            problem = str(error) or type(error).__name__
-        if problem or self._leaving.is_set():
-            self._replacing = False
-            said = about(EventKind.DAEMON_REPLACED, problem=problem)
-            log.error("not replaced: the program that is installed now would not do: %s", problem or "we end", extra=said)
-            return
-        log.info("a new start of the program takes our place", extra=about(EventKind.DAEMON_REPLACED))
-        self._succeeded = True
-        self._leaving.set()
-
-    async def _hand_over(self) -> None:
-        """Let what runs now end, serving on meanwhile; then accept no more, give the rest a moment, and leave all as it is.
-
-        Who connects from then on waits in the socket for the new program.
-        """
-        begun = self._book.running()
-        await self._wait_until(lambda: not begun & self._book.running(), GRACE)
-        self.heirlooms = self._listeners.heirlooms()
-        await self._listeners.hold_back(everywhere=True)
-        await self._wait_until(lambda: False, LAST_CALL)
-        await self._wait_until(lambda: not self._book.running() and not self._book.demand().waiting, HAND_OVER)
-        if self._hurry.is_set():
-            # Told to end meanwhile, which counts for more.
-            for heirloom in self.heirlooms:
-                os.close(heirloom.fd)
-            self.heirlooms = None
-            await self._wind_down()
-            return
-        self._book.close("offloadd is being replaced by a newer one")
-        await self._executor.let_go()
-
-    async def _wait_until(self, done: Callable[[], bool], limit: Seconds) -> None:
-        """Until it is done, the time is over, or a signal hurries us."""
-        deadline = self._clock.now() + limit
-        while not done() and self._clock.now() < deadline and not self._hurry.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(min(0.05, limit)):
-                    await self._hurry.wait()
-
-    def _end_signals(self) -> None:
-        """No signal has anything to ask of us any more, but for SIGTERM where a program takes our place: that is told of it."""
-        _ignore_signals(signal.SIGHUP, signal.SIGUSR2)
-        if self.heirlooms is None:
-            _ignore_signals(signal.SIGTERM, signal.SIGINT)
-
-    @property
-    def told_to_end(self) -> bool:
-        """Whether SIGTERM came while another program was to take our place."""
-        return self._hurry.is_set()
-
     def environment(self) -> dict[str, str]:
         """What a program that takes our place needs to know of our service manager."""
         return self._manager.environment()
-
-    async def _last_call(self) -> None:
-        """Where the next daemon gets the sockets, who comes now waits for it; those already let in may still say what they want."""
-        if await self._listeners.hold_back():
-            await self._wait_until(lambda: False, LAST_CALL)
 
     @property
     def _keeps(self) -> bool:
         """Whether the servers outlive us."""
         return self._store.applied.desired.server.on_stop is OnStop.KEEP
-
-    def _in_use(self) -> bool:
-        """Whether an end now would cut something that may still end by itself."""
-        return bool(self._book.demand().leases) if self._keeps else bool(self._executor.alive())
 
     async def _keep(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
         """Take the step for ever. One that fails is logged, and the next is taken: no loop may take the servers down with it."""
@@ -622,7 +524,7 @@ class Daemon:
 
     def _forget_models(self) -> None:
         """Drop what is kept of models that are neither in the config nor on disk any more."""
-        self._ready_hosts.clear()
+        self._ready_hosts.changed()
         models = self._catalog.desired.models
         self._executor.forget_models(models)
         self._book.forget_models(models.get)
@@ -630,7 +532,7 @@ class Daemon:
 
     def _desired(self) -> DesiredState:
         applied = self._catalog.desired
-        if self._closing and not self._keeps:
+        if self.ending.closing and not self._keeps:
             return replace(applied, models={}, closing=True)
         return self._keeping.applied_to(applied, self._executor.views())
 
@@ -648,7 +550,7 @@ class Daemon:
     def _apply(self, plan: Plan) -> None:
         self._executor.apply(plan)
         if plan.actions:
-            self._ready_hosts.clear()
+            self._ready_hosts.changed()
         self._loans.refuse(plan)
         self._service.changed()
         # Before the next request can come in: those that wait see the decisions and instances of this plan.
@@ -659,7 +561,7 @@ class Daemon:
             self._look_soon.set()
 
     def _changed(self, instance: InstanceId) -> None:
-        self._ready_hosts.clear()
+        self._ready_hosts.changed()
         self._book.serve_all()
         self._note(instance)
         ended = self._executor.get(instance)
@@ -680,50 +582,14 @@ class Daemon:
     def _wake(self) -> None:
         self._reconciler.wake()
 
-    def _hosts(self, model: ModelName) -> Sequence[Host]:
-        """The model's ready instances; looked up anew whenever something about instances or the config has changed."""
-        found = self._ready_hosts.get(model)
-        if found is None:
-            found = self._ready_hosts[model] = self._look_up_hosts(model)
-        return found
-
-    def _look_up_hosts(self, model: ModelName) -> Sequence[Host]:
-        found: list[Host] = []
-        ejected: list[Host] = []
-        for key, view in self._executor.views().items():
-            instance = self._executor.get(key)
-            if key.model == model and view.state is InstanceState.READY and view.endpoint and instance:
-                (ejected if view.ejected else found).append(
-                    Host(
-                        instance=key,
-                        backend=view.backend,
-                        endpoint=view.endpoint,
-                        slots=view.spec.parallel,
-                        sign=instance.sign,
-                        api=self._api(view.spec, view.backend),
-                    )
-                )
-        return found or ejected
-
     def _keep_loaded(self, model: ModelName, stay: Seconds) -> None:
         """A client's wish for how long the model's present instances stay after its last request."""
         live = [key for key, view in self._executor.views().items() if key.model == model and view.state not in LEAVING]
         self._keeping.wish(model, stay, live)
         self._wake()
 
-    def _api(self, spec: ModelSpec, name: BackendName) -> EngineApi:
-        """What the engine speaks for this model; no more than the usual where its adapter is not known any more."""
-        engine = self._store.applied.desired.engines.get(name)
-        backend = backend_of(self._backends, engine)
-        return backend.api(spec) if backend else EngineApi()
-
     def _decision(self, model: ModelName) -> Decision | None:
         return self._reconciler.latest.decisions.get(model)
-
-    def _cancels_only_streams(self, name: BackendName) -> bool:
-        engine = self._store.applied.desired.engines.get(name)
-        backend = backend_of(self._backends, engine)
-        return backend is not None and backend.cancels_only_streams
 
     def _list_problems(self, wall: float) -> list[Problem]:
         found = {f"{what} {why}": "" for what, why in self._observer.problems.items()}
@@ -746,11 +612,3 @@ class Daemon:
         found.update(of_listeners(self._observed()))
         found.update(of_processes(self._observed()))
         return self._problems.list(found, wall)
-
-
-def _ignore_signals(*numbers: signal.Signals) -> None:
-    """All is done: one more SIGTERM, in the moment until the process is gone, must not make its end look like a death."""
-    loop = asyncio.get_running_loop()
-    for number in numbers:
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,68 @@
+"""The ready instances, as the proxy sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from offloadd.backends.base import Backend, backend_of
+from offloadd.proxy.leases import Host
+from offloadd.runtime.executor import Executor
+from offloadd.state.desired import DesiredState, ModelSpec
+from offloadd.state.ids import BackendName, ModelName
+from offloadd.state.launch import EngineApi
+from offloadd.state.observed import InstanceState
+
+
+class ReadyHosts:
+    """Looked up when they are asked for, and kept until something about instances or the config has changed."""
+
+    def __init__(
+        self, executor: Callable[[], Executor], desired: Callable[[], DesiredState], backends: Mapping[str, Backend]
+    ) -> None:
+        self._executor = executor
+        self._desired = desired
+        self._backends = backends
+        self._kept: dict[ModelName, Sequence[Host]] = {}
+
+    def of(self, model: ModelName) -> Sequence[Host]:
+        """The model's; those that were ejected only when there are no others."""
+        found = self._kept.get(model)
+        if found is None:
+            found = self._kept[model] = self._look_up(model)
+        return found
+
+    def changed(self) -> None:
+        """Look anew from now on."""
+        self._kept.clear()
+
+    def api(self, spec: ModelSpec, name: BackendName) -> EngineApi:
+        """What the engine speaks for this model; no more than the usual where its adapter is not known any more."""
+        backend = self._backend(name)
+        return backend.api(spec) if backend else EngineApi()
+
+    def cancels_only_streams(self, name: BackendName) -> bool:
+        """Whether the engine works on for a client that left before an answer that is not streamed."""
+        backend = self._backend(name)
+        return backend is not None and backend.cancels_only_streams
+
+    def _look_up(self, model: ModelName) -> Sequence[Host]:
+        found: list[Host] = []
+        ejected: list[Host] = []
+        executor = self._executor()
+        for key, view in executor.views().items():
+            instance = executor.get(key)
+            if key.model == model and view.state is InstanceState.READY and view.endpoint and instance:
+                (ejected if view.ejected else found).append(
+                    Host(
+                        instance=key,
+                        backend=view.backend,
+                        endpoint=view.endpoint,
+                        slots=view.spec.parallel,
+                        sign=instance.sign,
+                        api=self.api(view.spec, view.backend),
+                    )
+                )
+        return found or ejected
+
+    def _backend(self, name: BackendName) -> Backend | None:
+        return backend_of(self._backends, self._desired().engines.get(name))
