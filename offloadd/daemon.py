@@ -25,6 +25,7 @@ from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
 from offloadd.api.logs import logs_route
 from offloadd.api.meters import Meters
 from offloadd.api.metrics import PictureCollector
+from offloadd.api.ollama_pull import ollama_pull_route
 from offloadd.api.patience import IDLE, Patience
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.preview import Change, plan_route
@@ -361,7 +362,7 @@ class Daemon:
         by_hand = by_hand_routes(self._wishes, gateway.find, self._decision)
         routes = [*with_another_try([*gateway.routes(), *dialects], gateway.engines), borrow, logs, *by_hand]
         routes.append(plan_route(self._preview))
-        routes += pull_routes(self._pulls)
+        routes += [*pull_routes(self._pulls), ollama_pull_route(self._pulls)]
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.

@@ -165,6 +165,15 @@ _INFERENCE = (
     _infer("/api/generate", "Ollama's generate.", shapes.OLLAMA_GENERATE, "ollama", gives={LINES: None, JSON: shapes.OBJECT}),
     _infer("/api/embed", "Ollama's embed.", shapes.OLLAMA_EMBED, "ollama", gives={JSON: shapes.OBJECT}),
     _infer("/api/embeddings", "Ollama's older embeddings.", shapes.OLLAMA_EMBEDDING, "ollama", gives={JSON: shapes.OBJECT}),
+    Operation(
+        method="POST",
+        path="/api/pull",
+        scope=Scope.ADMIN,
+        says="Ollama's pull: a download from the hub, with its progress.",
+        tag="ollama",
+        takes=shapes.OLLAMA_PULL,
+        gives={LINES: None, JSON: shapes.OBJECT},
+    ),
     _infer("/api/show", "Ollama's description of a model.", shapes.NAMED, "ollama", gives={JSON: shapes.OBJECT}),
     *(
         _infer(path, "TGI's generate, whole or as a stream.", shapes.TGI, "tgi", gives={JSON: shapes.TGI_ANSWERS, EVENTS: None})

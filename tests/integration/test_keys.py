@@ -82,6 +82,8 @@ def test_what_each_scope_opens(daemon: Daemon, key: str) -> None:
         "read": [("GET", "/models", None), ("GET", "/vram/status", None), ("GET", "/metrics", None), ("GET", "/backends", None)],
         "admin": [("POST", "/reload", None), ("GET", "/config", None), ("GET", "/upstream/a/slots", None)],
     }
+    pull = ask(daemon, "POST", "/api/pull", key, {"model": "llama3"})  # writes to the disk, if it is let
+    assert pull.status == (400 if "admin" in opened else 403)
     for scope, requests in calls.items():
         for method, path, body in requests:
             reply = ask(daemon, method, path, key, body)

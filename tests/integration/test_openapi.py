@@ -16,7 +16,7 @@ from tests.integration.daemon import Daemon, model, running
 EXAMPLES = os.environ.get("OFFLOADD_API_EXAMPLES", "6")
 ENDLESS = ("/events", "/logs/{instance}")
 """Streams that end when their client leaves."""
-PEOPLES = ("/borrow", "/models/pull", "/pulls", "/pulls/{id}", "/pulls/{id}/events")
+PEOPLES = ("/borrow", "/models/pull", "/api/pull", "/pulls", "/pulls/{id}", "/pulls/{id}/events")
 """They last for as long as the borrower stays, or go out into the world."""
 MODELLESS = ("/", "/generate", "/generate_stream", "/info")
 """They name no model, which only a server with a single one accepts; the same paths below /tgi/{model} are asked."""

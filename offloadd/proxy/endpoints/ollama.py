@@ -29,7 +29,7 @@ Keep = Callable[[ModelName, Seconds], None]
 
 _LIKE_OLLAMA = "0.12.6"
 """The version of Ollama's API that this follows; clients switch abilities by it."""
-_NOT_OURS = ("/api/pull", "/api/push", "/api/create", "/api/copy")
+_NOT_OURS = ("/api/push", "/api/create", "/api/copy")
 
 
 class Ollama:
@@ -143,13 +143,14 @@ class Ollama:
         return web.Response(text=f"Ollama is running: offloadd {__version__} speaks its API\n")
 
     def _tagged(self, name: str) -> ModelSpec:
-        """A model by its name; Ollama's clients may put a tag behind it that means no other."""
+        """A model by its name; Ollama's clients may put a tag behind it, or the hub before it, that means no other."""
         try:
             return self._gateway.find(name)
         except RequestError:
-            if not name.endswith(":latest"):
+            plain = name.removeprefix("hf.co/").removesuffix(":latest")
+            if plain == name:
                 raise
-        return self._gateway.find(name.removesuffix(":latest"))
+        return self._gateway.find(plain)
 
 
 async def _not_ours(request: web.Request) -> web.StreamResponse:
