@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
-.PHONY: bench engines faults soak demo test clients lint format clean systemd install-units
+.PHONY: bench docs engines faults soak demo test clients lint format clean systemd install-units
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
