@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
+ENGINES_DIR ?= $(or $(OFFLOADD_ENGINES),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/offloadd/engines)
+
 .PHONY: bench docs engines faults soak demo test clients lint format clean systemd install-units
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
