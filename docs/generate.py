@@ -94,7 +94,8 @@ class _Config:
         if inner is not None:
             target = self._seen.get(inner["title"], where)
             what = "list of" if where.endswith("[]") else "mapping by name:" if where.endswith(".NAME") else ""
-            return f"{what} [{target}](#{_anchor(target)})".strip()
+            words = [f"`{choice['const']}` or" for choice in value.get("anyOf", ()) if "const" in choice]
+            return " ".join([*words, *filter(None, [what]), f"[{target}](#{_anchor(target)})"])
         return _cell(_words(self._resolved(value)))
 
     def _meaning(self, value: Schema) -> str:

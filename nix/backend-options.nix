@@ -54,9 +54,9 @@ in
         description = "A path on the server that we start, or the whole address of one that runs elsewhere.";
       };
       format = mkOption {
-        type = types.nullOr (types.enum [ "openai" "anthropic" "ollama" "tgi" ]);
+        type = types.nullOr (types.either (types.enum [ "openai" ]) (types.attrsOf types.anything));
         default = null;
-        description = "The dialect that it speaks; OpenAI's where nothing is said.";
+        description = "OpenAI's dialect where nothing is said; else where things stand in JSON of its own, as in the config.";
       };
     };
   };

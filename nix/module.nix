@@ -153,7 +153,7 @@ in
       {
         assertion = lib.all (backend: !render.external backend || lib.elem backend.inference.format [ null "openai" ])
           (lib.attrValues cfg.backends);
-        message = "kernelcore.ml.offload.backends: an engine that runs elsewhere speaks OpenAI's dialect.";
+        message = "kernelcore.ml.offload.backends: an engine that runs elsewhere speaks OpenAI's dialect, or is described in settings.backends.";
       }
     ];
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from offloadd.backends.base import default_exit, visible
 from offloadd.backends.words import fill, mentions
-from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
+from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec, ReadyRule
 from offloadd.state.ids import BackendName, DeviceKind
 from offloadd.state.launch import (
     Endpoint,
@@ -28,10 +28,13 @@ from offloadd.units import Bytes, Seconds, format_bytes
 
 _MARGIN = Bytes(512 * 2**20)
 _MARGIN_SHARE = 0.2
+_FORMAT_OF = "backends.{}.inference.format"
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 ANY_PATH = frozenset(
     {
-        "/v1/chat/completions",
-        "/v1/completions",
+        CHAT,
+        COMPLETIONS,
         "/v1/embeddings",
         "/v1/responses",
         "/v1/rerank",
@@ -43,6 +46,17 @@ ANY_PATH = frozenset(
     }
 )
 """What an OpenAI API may have. What it has is for the engine to say."""
+
+
+def api_of(engine: Engine, model: str) -> EngineApi:
+    """OpenAI's, as far as it goes, or what can be said in the JSON that the config declares; under this name of the model."""
+    wire = engine.wire
+    if wire is None:
+        return EngineApi(paths=ANY_PATH, model=model, exact=False)
+    spoken = {CHAT: wire.chats, COMPLETIONS: wire.prompt is not None}
+    hints = {CHAT: f"{_FORMAT_OF.format(engine.name)}.messages or .turns", COMPLETIONS: f"{_FORMAT_OF.format(engine.name)}.prompt"}
+    paths = frozenset(path for path, can in spoken.items() if can)
+    return EngineApi(paths=paths, hints=hints, model=model, exact=False, wire=wire)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +112,26 @@ class Custom:
 
     def probes(self, spec: ModelSpec) -> Probes:
         """The one that the config names."""
-        probe = Probe(path=self.engine.ready.path, timeout=Seconds(5))
+        probe = Probe(path=self._ready.path, timeout=Seconds(5))
         return Probes(readiness=(probe,), liveness=probe)
 
     def read_probe(self, spec: ModelSpec, path: str, reply: ProbeReply) -> Health:
         """The status that the config names is ready, 503 is loading."""
-        if reply.status == self.engine.ready.status:
+        if reply.status == self._ready.status:
             return Health.READY
         return Health.LOADING if reply.status == 503 else Health.SILENT
 
     def api(self, spec: ModelSpec) -> EngineApi:
-        """OpenAI's, as far as it goes; the model is named as its command was told."""
-        return EngineApi(paths=ANY_PATH, model=spec.sources.get(self.engine.name, spec.name), exact=False)
+        """What the config says; the model is named as its command was told."""
+        return api_of(self.engine, spec.sources.get(self.engine.name, spec.name))
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """Its last line."""
         return default_exit(status, log_tail, was_ready=was_ready)
+
+    @property
+    def _ready(self) -> ReadyRule:
+        return self.engine.ready or ReadyRule()
 
 
 BACKEND = Custom()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from offloadd.backends.base import default_exit
-from offloadd.backends.custom import ANY_PATH
+from offloadd.backends.custom import api_of
 from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
 from offloadd.state.ids import BackendName, DeviceKind
 from offloadd.state.launch import (
@@ -85,18 +85,22 @@ class External:
         return Launch(argv=("external", engine.url, key, self._named(spec)))
 
     def probes(self, spec: ModelSpec) -> Probes:
-        """Its list of models costs nobody a token."""
-        return Probes(readiness=(_PROBE,), liveness=_PROBE)
+        """What the config names; else its list of models, which costs nobody a token."""
+        ready = self.engine.ready
+        probe = _PROBE if ready is None else Probe(path=ready.path, timeout=_PROBE.timeout)
+        return Probes(readiness=(probe,), liveness=probe)
 
     def read_probe(self, spec: ModelSpec, path: str, reply: ProbeReply) -> Health:
-        """Any answer but a failure of the server or a wrong key: not every API has a list."""
+        """The status that the config names; else any answer but a failure or a wrong key: not every API has a list."""
+        if self.engine.ready is not None:
+            return Health.READY if reply.status == self.engine.ready.status else Health.SILENT
         if reply.status is None or reply.status >= 500 or reply.status in (401, 403):
             return Health.SILENT
         return Health.READY
 
     def api(self, spec: ModelSpec) -> EngineApi:
-        """OpenAI's, as far as it goes, under the model's name there."""
-        return EngineApi(paths=ANY_PATH, model=self._named(spec), exact=False)
+        """What the config says, under the model's name there."""
+        return api_of(self.engine, self._named(spec))
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """It has no process that could end."""

@@ -14,8 +14,9 @@ from offloadd.backends.base import Backend
 from offloadd.config.diagnostics import Diagnostic, did_you_mean, error
 from offloadd.config.known import Known, put_back, without
 from offloadd.config.nodes import Node, Path, find
-from offloadd.config.schema import ConfigFile, Section
+from offloadd.config.schema import ConfigFile
 from offloadd.config.secrets import Secrets, expand, is_secret_name
+from offloadd.config.section import Section
 from offloadd.config.sections import config_model
 from offloadd.config.source import Mark
 from offloadd.config.wording import describe, sentence

@@ -14,7 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandle
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
+from offloadd.backends import pointers
 from offloadd.config.listen import parse_listen
+from offloadd.state.wire import Pointer
 from offloadd.units import Bytes, Seconds, Share, parse_bytes, parse_seconds, parse_size
 
 EXPECTED = "offloadd_expected"
@@ -27,6 +29,7 @@ _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 _GPU_NAME = r"^(default|[0-9]{1,3}|[A-Za-z]+-[A-Za-z0-9/-]{1,80})$"
 _DEVICE = r"^([0-9]{1,3}|[A-Za-z]+-[A-Za-z0-9/-]{1,80})$"
 _HOST_NAME = r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,252})$"
+_URL_PATH = r"^/[!\"\x24-~]*$"
 _PLACEHOLDER = r"\$\{(env|file):[^}]+\}"
 _SIZE = r"[0-9]+(\.[0-9]+)?\s*(B|KiB|MiB|GiB|TiB|kB|KB|MB|GB|TB)"
 _SHARE = r"[0-9]+(\.[0-9]+)?\s*%"
@@ -197,6 +200,24 @@ def _url(text: str) -> str:
     return text
 
 
+def _pointer(value: object) -> Pointer:
+    if not isinstance(value, str):
+        raise expected('a JSON pointer such as "/result/0/text"')
+    if len(value) > 1024:
+        raise refused("needs at most 1,024 characters")
+    try:
+        return pointers.parse(value)
+    except ValueError as problem:
+        raise refused(str(problem)) from None
+
+
+def _place(value: object) -> Pointer:
+    found = _pointer(value)
+    if not found:
+        raise refused('expected a place within the body, such as "/prompt"')
+    return found
+
+
 def _registry(text: str) -> str:
     if re.fullmatch(r"postgresql://[^\s#]+", text) is None:
         raise refused("expected postgresql://user@host/name", "leave it out for a file in storage.data_dir")
@@ -326,6 +347,25 @@ Stores = Annotated[
 ]
 Source = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_no_nul), AfterValidator(_source)]
 Url = Annotated[Text, AfterValidator(_url)]
+UrlPath = Annotated[
+    str,
+    Field(max_length=1024),
+    _matching(_URL_PATH, "must start with / and have no spaces, no # and nothing beyond ASCII"),
+    Written({"type": "string", "pattern": f"{_URL_PATH}|{_PLACEHOLDER}", "maxLength": 1024}),
+]
+_AS_POINTER = PlainSerializer(pointers.written)
+JsonPointer = Annotated[
+    Pointer,
+    PlainValidator(_pointer),
+    _AS_POINTER,
+    Written({"type": "string", "pattern": pointers.PATTERN, "maxLength": 1024, "examples": ["/a/0/b"]}),
+]
+Place = Annotated[
+    Pointer,
+    PlainValidator(_place),
+    _AS_POINTER,
+    Written({"type": "string", "pattern": pointers.PATTERN.replace("*$", "+$"), "maxLength": 1024, "examples": ["/a/b"]}),
+]
 Origins = Annotated[
     tuple[Annotated[str, AfterValidator(_origin)], ...], Strict(False), Field(max_length=_MAX_ITEMS), AfterValidator(_unique)
 ]

@@ -22,11 +22,12 @@ from offloadd.config.schema import (
     GpuBudget,
     ModelSection,
     ModelSettings,
-    Section,
     Server,
     Storage,
 )
+from offloadd.config.section import Section
 from offloadd.config.sections import config_model, to_options
+from offloadd.config.wires import to_wire
 from offloadd.state.desired import (
     BackendKind,
     BackendOptions,
@@ -362,6 +363,7 @@ def _engines(scope: _Scope, named: set[BackendName]) -> dict[BackendName, Engine
 
 def _engine(scope: _Scope, name: BackendName, section: BackendSection) -> Engine:
     builtin = scope.builtin.get(name)
+    inference = section.inference
     return Engine(
         name=name,
         adapter=name if builtin else str(section.kind),
@@ -371,8 +373,9 @@ def _engine(scope: _Scope, name: BackendName, section: BackendSection) -> Engine
         env=section.env,
         preference=scope.preferences[name],
         stop_command=section.stop_command or (),
-        ready=ReadyRule(path=section.health.path, status=section.health.ready_status) if section.health else ReadyRule(),
-        api=(section.inference.path if section.inference else "/v1").rstrip("/"),
+        ready=ReadyRule(path=section.health.path, status=section.health.ready_status) if section.health else None,
+        api=(inference.path if inference and not inference.format else "/v1").rstrip("/"),
+        wire=to_wire(inference.path, inference.format) if inference and inference.format else None,
         url=section.url or "",
         key=section.key or "",
     )

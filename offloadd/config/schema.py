@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, Strict, model_validator
 
 from offloadd.config import fields
 from offloadd.config.fields import refused
+from offloadd.config.section import Section
+from offloadd.config.wires import Format
 from offloadd.state.desired import (
     Budget,
     DiscoverySpec,
@@ -47,14 +49,6 @@ class NotYet:
 
     message: str
     when: Callable[[Any], bool] = lambda value: value is not None
-
-
-class Section(BaseModel):
-    """A mapping with known keys, in which nothing is coerced and nothing unknown is allowed."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, use_attribute_docstrings=True, hide_input_in_errors=True, regex_engine="python-re"
-    )
 
 
 class AuthLimits(Section):
@@ -156,24 +150,27 @@ class BudgetSection(Section):
 
 
 class CustomHealth(Section):
-    """How to ask a custom engine whether it is ready."""
+    """How to ask an engine of one's own whether it is ready."""
 
-    path: Annotated[str, Field(pattern=r"^/", max_length=1024)] = "/health"
+    path: fields.UrlPath = "/health"
     """Path of an HTTP GET."""
     ready_status: Annotated[int, Field(ge=100, le=599)] = 200
     """The status that means ready."""
 
 
 class CustomInference(Section):
-    """What a custom engine's API looks like."""
+    """What the API of an engine of one's own looks like."""
 
-    path: Annotated[str, Field(pattern=r"^/", max_length=1024)] = "/v1"
-    """Where its OpenAI API begins, in place of `/v1`."""
-    format: Annotated[
-        Literal["openai", "anthropic", "ollama", "tgi"],
-        NotYet("requests are sent in OpenAI's format whatever it says", lambda value: value != "openai"),
-    ] = "openai"
-    """The dialect that it speaks."""
+    path: fields.UrlPath = "/v1"
+    """Where its OpenAI API begins, in place of `/v1`; with a format of its own, where requests are posted."""
+    format: Format = None
+    """`openai`, or where things stand in JSON of its own: a chat or text API of any other shape."""
+
+    @model_validator(mode="after")
+    def _says_where(self) -> Self:
+        if self.format is not None and "path" not in self.model_fields_set:
+            raise refused("needs path beside it: where requests are posted", at="format")
+        return self
 
 
 class BackendSection(Section):
@@ -192,9 +189,9 @@ class BackendSection(Section):
     preference: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Breaks ties between engines: the lowest wins. Built-in engines bring their own, others have 9."""
     health: CustomHealth | None = None
-    """Custom engines: how to ask whether it is ready."""
+    """Custom engines: how to ask whether it is ready. External ones too, where any answer but a failure does not mean that."""
     inference: CustomInference | None = None
-    """Custom engines: what its API looks like."""
+    """Custom engines: what its API looks like. External ones too, where they do not speak OpenAI's."""
     url: fields.Url | None = None
     """External engines: where its API begins."""
     key: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
@@ -205,10 +202,12 @@ class BackendSection(Section):
         needs = {"custom": "command", "external": "url"}.get(self.kind or "")
         if needs and getattr(self, needs) is None:
             raise refused(f'an engine of kind "{self.kind}" needs {needs}', at="kind")
-        foreign = {"custom": ("url", "key"), "external": ("command", "stop_command", "args", "env", "health", "inference")}
+        foreign = {"custom": ("url", "key"), "external": ("command", "stop_command", "args", "env")}
         for name in foreign.get(self.kind or "", ("health", "inference", "url", "key")):
             if name in self.model_fields_set:
                 raise refused(f"does not belong to {_kind_title(self.kind)}", at=name)
+        if self.kind == "external" and self.inference is not None and self.inference.format is None:
+            raise refused("says nothing here: url is where an OpenAI API begins", at="inference")
         return self
 
 

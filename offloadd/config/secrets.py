@@ -14,8 +14,8 @@ HIDDEN = "***"
 _REFERENCE = re.compile(r"\$\$\{|\$\{([^{}]*)\}|\$\{")
 _ONLY_REFERENCES = re.compile(r"(?:\$\{(?:env|file):[^{}]*\})+")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_OWN_WORDS = frozenset(("port", "source", "model"))
-"""Filled in when a custom engine starts."""
+_OWN_WORDS = frozenset(("port", "source", "model", "text"))
+"""Filled in when a custom engine starts, and what was said where a conversation becomes one text."""
 _SECRET_NAME = re.compile(r"(?i)(?:^|[_-])(?:key|token|secret|passw(?:or)?d)$")
 _SECRET_FLAG = re.compile(r"(?i)(--?(?:[a-z0-9_-]*[_-])?(?:key|token|secret|passw(?:or)?d))(=.*)?", re.DOTALL)
 

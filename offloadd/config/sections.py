@@ -16,7 +16,8 @@ from pydantic import Field, Strict, create_model
 from offloadd.backends.base import Backend
 from offloadd.config import fields
 from offloadd.config.engines import builtins
-from offloadd.config.schema import ConfigFile, Discovery, ModelSection, ModelSettings, Section
+from offloadd.config.schema import ConfigFile, Discovery, ModelSection, ModelSettings
+from offloadd.config.section import Section
 from offloadd.state.desired import BackendOptions
 from offloadd.units import Bytes, Seconds
 

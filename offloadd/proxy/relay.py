@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offloadd.errors import RequestError
 from offloadd.proxy import headers, upstream
@@ -12,6 +13,7 @@ from offloadd.proxy.account import Account
 from offloadd.proxy.dialects import sse
 from offloadd.proxy.dialects.base import Gathering, Object
 from offloadd.proxy.dialects.refusals import engine_error, event_error
+from offloadd.proxy.dialects.wires import Exchanged
 from offloadd.proxy.downstream import Stream
 from offloadd.proxy.headers import Fields
 from offloadd.proxy.leases import Lease, LeaseBook
@@ -104,6 +106,8 @@ class Exchange:
         self._size = 0
         self._sent = False
         self._begun = False
+        self._exchanged: Exchanged | None = None
+        """Turns an engine's own JSON into OpenAI's, where it has one."""
 
     async def run(self) -> None:
         """Return when the answer is whole; RequestError says what went wrong. Whoever is cancelled here ends the backend's work.
@@ -160,6 +164,7 @@ class Exchange:
 
     async def _attempt(self) -> None:
         endpoint = self._lease.host.endpoint
+        self._exchanged = _exchanged(self._lease, self._call)
         kept = self._pool.idle(endpoint)
         if kept is not None:
             try:
@@ -173,7 +178,9 @@ class Exchange:
         await self._send(await self._pool.connect(endpoint))
 
     async def _send(self, connection: Connection) -> None:
-        call = self._call
+        call, changed = self._call, self._exchanged
+        if changed is not None:
+            call = replace(call, path=changed.path, body=changed.body)
         self._connection = connection
         call.account.sent = self._sent = True
         head = call.head(self._lease.host.endpoint)
@@ -240,12 +247,15 @@ class Exchange:
             if head.status == 101 and not self._call.upgrade:
                 raise headers.BrokenAnswerError("it changes the protocol, which nobody asked for")
             self._begun = True
-            self._begin(head)
+            self._begin(head if self._exchanged is None else _announcing(head, self._exchanged))
         except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
             self._fail(error)
 
     def feed(self, piece: bytes) -> None:
         """A piece of its body."""
+        if self._exchanged is not None:
+            self._feed_changed(piece)
+            return
         self._tap.feed(piece)
         try:
             if self._refusal is not None:
@@ -261,12 +271,38 @@ class Exchange:
         try:
             if self._refusal is not None:
                 raise self._refused(self._refusal)
+            if self._exchanged is not None:
+                self._take_changed(self._last_of(self._exchanged))
             self._end(trailer)
         except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
             self._fail(error)
             return
         if not self._done.done():
             self._done.set_result(None)
+
+    def _feed_changed(self, piece: bytes) -> None:
+        """The same of an engine with JSON of its own. What is counted is what it becomes."""
+        changed = self._exchanged
+        assert changed is not None  # noqa: S101  (whoever calls has looked)
+        try:
+            if self._refusal is not None:
+                self._keep(piece)
+            else:
+                self._take_changed(changed.feed(piece))
+        except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
+            self._fail(error)
+
+    def _take_changed(self, piece: bytes) -> None:
+        if piece:
+            self._tap.feed(piece)
+            self._feed(piece)
+
+    def _last_of(self, changed: Exchanged) -> bytes:
+        try:
+            return changed.end()
+        except RequestError as error:
+            error.origin = origin(self._lease)
+            raise
 
     def lost(self, error: Exception) -> None:
         """It will not be."""
@@ -302,7 +338,10 @@ class Exchange:
 
     def _refused(self, head: Head) -> RequestError:
         retry_after = headers.field(head.fields, b"retry-after").decode("latin-1")
-        error = engine_error(head.status, b"".join(self._parts), self._call.path, retry_after)
+        body = b"".join(self._parts)
+        if self._exchanged is not None:
+            body = self._exchanged.refusal(body)
+        error = engine_error(head.status, body, self._call.path, retry_after)
         error.origin = origin(self._lease)
         return error
 
@@ -372,7 +411,7 @@ class Passing(Exchange):
         self._call.account.streamed = streamed
         self._stream.begin(head.status, head.fields, head.length, connection)
         write = self._stream.raw
-        if write is not None:
+        if write is not None and self._exchanged is None:
             connection.pass_through(self._tap.feed, write)
 
     def _end(self, trailer: Fields) -> None:
@@ -387,6 +426,20 @@ class Passing(Exchange):
         """It has room again."""
         if self._stream.status == 101:
             self._stream.go_on()
+
+
+def _exchanged(lease: Lease, call: Call) -> Exchanged | None:
+    """The call in the words of an engine with JSON of its own; None where none is needed, as for what is asked by path."""
+    wire = lease.host.api.wire
+    if wire is None or call.by_path or call.body is None:
+        return None
+    return Exchanged(wire, call.path, sse.decode(call.body), int(time.time()))
+
+
+def _announcing(head: Head, changed: Exchanged) -> Head:
+    """The head of an answer, with the type of what it becomes."""
+    kept = tuple(pair for pair in head.fields if pair[0].lower() != b"content-type")
+    return replace(head, fields=(*kept, (b"Content-Type", changed.media_type)), length=None)
 
 
 def origin(lease: Lease) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from offloadd.state.access import Access
 from offloadd.state.ids import BackendName, ModelName
+from offloadd.state.wire import Wire
 from offloadd.units import Bytes, Seconds, Share
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
@@ -123,9 +124,12 @@ class Engine:
     preference: int = 9
     stop_command: tuple[str, ...] = ()
     """Ends a server that signals to `command` do not reach."""
-    ready: ReadyRule = field(default_factory=ReadyRule)
+    ready: ReadyRule | None = None
+    """How it says that it is ready; None leaves that to its adapter."""
     api: str = "/v1"
     """Custom engines: where the OpenAI API begins."""
+    wire: Wire | None = None
+    """Custom and external engines: their own JSON, where they do not speak OpenAI's."""
     url: str = ""
     """External engines: where the OpenAI API begins."""
     key: str = field(default="", repr=False)

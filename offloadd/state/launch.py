@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from offloadd.state.ids import BackendName, DeviceId, DeviceKind, ModelName
 from offloadd.state.shape import ModelShape
+from offloadd.state.wire import Wire
 from offloadd.units import Bytes, Seconds
 
 
@@ -127,6 +128,8 @@ class EngineApi:
     """Whether it sees pictures."""
     exact: bool = True
     """Whether its OpenAI streams may reach clients as they are: names, ids and endings are OpenAI's, for certain."""
+    wire: Wire | None = None
+    """What it speaks in place of OpenAI's JSON; the paths are then those that requests to it are translated from."""
 
 
 class Health(StrEnum):

@@ -55,6 +55,32 @@ def hub_folder(folder: Path) -> Path:
     return source
 
 
+_COUNTS = {"prompt_tokens": "/spent/heard", "completion_tokens": "/spent/spoken"}
+ODD: dict[str, Any] = {
+    "prompt": "/words",
+    "messages": {"at": "/dialog", "role": "speaker", "content": "line", "system": "/law"}
+    | {"roles": {"user": "human", "assistant": "machine"}},
+    "parameters": {"max_tokens": "/knobs/limit", "stop": "/knobs/until", "temperature": "/fixed/0/heat"},
+    "body": {"fixed": [{"tone": "calm"}]},
+    "answer": {"text": "/results/0/voice", "finish_reason": "/results/0/because", "error": "/problem/text", **_COUNTS},
+    "stream": {"framing": "ndjson", "switch": "/drip", "text": "/bit", "finish_reason": "/because", "done": "/over", **_COUNTS},
+    "finish_reasons": {"ran out": "length", "said it all": "stop", "met": "stop"},
+}
+"""The JSON of the stand-in that is like no other, as a config declares it."""
+
+
+def odd(**changes: Any) -> dict[str, Any]:
+    """That engine, with parts of its format changed; None leaves a part out."""
+    changed = {name: value for name, value in {**ODD, **changes}.items() if value is not None}
+    return {
+        "kind": "custom",
+        "command": [*script("odd_server"), "--port", "${port}"],
+        "health": {"path": "/alive", "ready_status": 204},
+        "inference": {"path": "/say", "format": changed},
+        "env": {"STANDIN_TOKEN_S": "0.005"},
+    }
+
+
 def engines(cloud: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The `backends` of the config."""
     own = {
@@ -69,6 +95,7 @@ def engines(cloud: Mapping[str, Any] | None = None) -> dict[str, Any]:
         "vllm": {"command": [*script("vllm_server"), "serve"]},
         "tgi": {"command": script("tgi_launcher")},
         "own": own,
+        "odd": odd(),
     }
     return {**found, "cloud": dict(cloud)} if cloud else found
 

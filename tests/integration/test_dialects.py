@@ -16,7 +16,7 @@ from tests.integration.engines import Elsewhere, daemon_of, elsewhere, served_by
 from tests.unit.proxy.dialects.streams import events
 from tests.unit.proxy.dialects.test_anthropic import check_order
 
-ENGINES = ("llamacpp", "vllm", "tgi", "own", "cloud")
+ENGINES = ("llamacpp", "vllm", "tgi", "own", "odd", "cloud")
 SAID = "the night was calm"
 
 

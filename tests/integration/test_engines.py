@@ -17,7 +17,7 @@ from tests.conformance.processes import until
 from tests.integration.daemon import Daemon, alive, running
 from tests.integration.engines import KEY, Elsewhere, daemon_of, elsewhere, engines, script, served_by
 
-ENGINES = ("llamacpp", "vllm", "tgi", "own", "cloud")
+ENGINES = ("llamacpp", "vllm", "tgi", "own", "odd", "cloud")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def tree(pid: int) -> list[psutil.Process]:
     return [leader, *leader.children(recursive=True)]
 
 
-@pytest.mark.parametrize("name", ["llamacpp", "vllm", "tgi", "own"])
+@pytest.mark.parametrize("name", ["llamacpp", "vllm", "tgi", "own", "odd"])
 def test_one_that_is_killed_is_replaced_with_nothing_left_of_it(daemon: Daemon, name: str) -> None:
     daemon.chat(f"on-{name}")
     old = tree(daemon.pid(f"on-{name}"))

@@ -70,7 +70,10 @@ class Tgi:
             return await self._gateway.converse(request, lease, translation, stream=stream)
 
     def _translation(self, spec: ModelSpec, lease: Lease, asked: tgi.Generate, *, listed: bool) -> Translation:
-        body = openai.as_stream({**tgi.to_completion(asked, spec), "model": speech.name_for(spec, lease.host.api)})
+        asked_for = tgi.to_completion(asked, spec)
+        if lease.host.api.wire is not None and not asked.given.top_n_tokens:
+            del asked_for["logprobs"]  # wished for each token's own, which is told as unknown where it is not to be had
+        body = openai.as_stream({**asked_for, "model": speech.name_for(spec, lease.host.api)})
         return Translation(
             path=speech.speaks(spec, lease.host.api, openai.COMPLETIONS),
             body=routing.read_object(routing.apply_rules(spec.request, msgspec.json.encode(body))) if spec.request else body,

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from offloadd.backends import discover
 from offloadd.backends.llamacpp import LlamaCppOptions
 from offloadd.config import Severity, SourceText, load, render_json
-from offloadd.state.desired import BackendKind, DesiredState, DeviceBudget, Engine, ModelSpec, Replicas, RestartPolicy
+from offloadd.state.desired import BackendKind, DesiredState, DeviceBudget, Engine, ModelSpec, ReadyRule, Replicas, RestartPolicy
+from offloadd.state.wire import Answer, Framing, Messages, Streamed, Turns, Wire
 from offloadd.units import Bytes, Seconds, Share
 
 BACKENDS = discover()
+SAMPLES = Path(__file__).parents[2] / "samples"
 
 
 class Vault:
@@ -89,9 +92,57 @@ def test_what_an_engine_of_ones_own_says_of_itself_reaches_the_engine():
         f"backends: {{own: {custom}, cloud: {external}}}\nmodels: {{m: {{source: a, backends: [own, cloud]}}}}"
     ).desired.engines
     own, cloud = engines["own"], engines["cloud"]
-    assert (own.stop_command, own.ready.path, own.ready.status, own.api) == (("y",), "/up", 204, "/api/v2")
+    assert (own.stop_command, own.ready, own.api) == (("y",), ReadyRule(path="/up", status=204), "/api/v2")
+    assert (own.wire, cloud.wire, cloud.ready) == (None, None, None)
     assert (cloud.adapter, cloud.kind, cloud.url, cloud.key) == ("external", BackendKind.EXTERNAL, "https://h.example/v1", "sk-1")
     assert "sk-1" not in repr(cloud)
+
+
+def test_json_of_an_engines_own_reaches_the_engine_as_it_is_declared():
+    engines = read((SAMPLES / "good" / "formats.yaml").read_text()).desired.engines
+    teller, far = engines["storyteller"], engines["far"]
+    assert teller.api == "/v1"
+    assert teller.wire == Wire(
+        path="/api/continue",
+        prompt=("in", "0", "text"),
+        turns=Turns(system="${text}\n", user="Q: ${text}\n", assistant="A: ${text}\n", open="A:"),
+        model=("model",),
+        parameters={
+            "max_tokens": ("options", "limit"),
+            "temperature": ("options", "heat"),
+            "stop": ("options", "until"),
+            "top_k": ("options", "top/k"),
+        },
+        body={"in": [{"lang": "en"}], "options": {"safe": False}, "version": 3},
+        answer=Answer(
+            text=("out", "0", "text"),
+            finish_reason=("out", "0", "why"),
+            prompt_tokens=("n", "in"),
+            completion_tokens=("n", "out"),
+            error=("error",),
+        ),
+        stream=Streamed(
+            framing=Framing.NDJSON,
+            switch=("flow",),
+            text=("text",),
+            finish_reason=("why",),
+            done=("last",),
+            error=("error",),
+        ),
+        finish_reasons={"limit": "length", "eos": "stop"},
+    )
+    assert far.ready == ReadyRule(path="/up", status=200)
+    assert far.wire == Wire(
+        path="/talk",
+        messages=Messages(
+            at=("dialog",),
+            role="speaker",
+            content="line",
+            roles={"system": "system", "user": "user", "assistant": "machine"},
+            system=("rules",),
+        ),
+        stream=Streamed(framing=Framing.SSE, grows=True, text=()),
+    )
 
 
 @pytest.mark.parametrize(
