@@ -29,7 +29,7 @@ from offloadd.api.ollama_pull import ollama_pull_route
 from offloadd.api.patience import IDLE, Patience
 from offloadd.api.picture import ConfigStatus, Picture, Problem
 from offloadd.api.preview import Change, plan_route
-from offloadd.api.problems import Problems, changed_at_start, of_listeners, of_memory, of_models, of_processes
+from offloadd.api.problems import Problems, changed_at_start, of_listeners, of_memory, of_models, of_processes, of_sleep
 from offloadd.api.pulls import pull_routes
 from offloadd.api.recent import Recent
 from offloadd.api.service import Service
@@ -459,7 +459,8 @@ class Daemon:
 
     async def _look_again(self) -> None:
         """Look again after a while, or soon after an instance has ended, until its memory is seen to be free."""
-        soon = any(view.unreleased for view in self._observed().instances.values())
+        views = self._observed().instances.values()
+        soon = any(view.unreleased or view.state is InstanceState.FALLING_ASLEEP for view in views)
         with suppress(TimeoutError):
             async with asyncio.timeout(RELEASE_POLL if soon else QUIET_REFRESH if self._quiet() else REFRESH):
                 await self._look_soon.wait()
@@ -612,4 +613,5 @@ class Daemon:
         found.update(of_memory(self._observed()))
         found.update(of_listeners(self._observed()))
         found.update(of_processes(self._observed()))
+        found.update(of_sleep(self._observed(), self._demand()))
         return self._problems.list(found, wall)

@@ -53,6 +53,8 @@ class Meters:
         self._starts = count("instance_starts", "Instances launched", "model", "backend")
         self._loads = count("instance_loads", "Instances that became ready", "model", "backend")
         self._load_times = spread("instance_load", "Time from launch to ready", _LOADS, "model", "backend")
+        self._sleeps = count("instance_sleeps", "Instances put to sleep, their memory seen to be free", "model", "backend")
+        self._wakes = spread("instance_wake", "Time from the order to wake to the first token", _LOADS, "model", "backend")
         text = "Launches after a failed one, by how that one ended"
         self._restarts = count("instance_restarts", text, "model", "reason")
         text = "Instances told to stop, by why; evicted is for another model's sake"
@@ -73,6 +75,8 @@ class Meters:
             EventKind.INSTANCE_SPAWNED: self._spawned,
             EventKind.INSTANCE_READY: self._ready,
             EventKind.INSTANCE_ENDED: self._ended,
+            EventKind.INSTANCE_ASLEEP: lambda _, model, backend: self._sleeps.labels(model, backend).inc(),
+            EventKind.INSTANCE_AWAKE: self._awoke,
             EventKind.INSTANCE_STOPPING: lambda event, model, _: self._stops.labels(model, str(event.data.get("reason", ""))).inc(),
             EventKind.INSTANCE_KILLED: lambda _, model, __: self._kills.labels(model).inc(),
             EventKind.INSTANCE_ADOPTED: lambda _, model, __: self._adopted.labels(model).inc(),
@@ -119,6 +123,11 @@ class Meters:
         self._loads.labels(model, backend).inc()
         if isinstance(took, int | float):
             self._load_times.labels(model, backend).observe(took)
+
+    def _awoke(self, event: About, model: str, backend: str) -> None:
+        took = event.data.get("wake_s")
+        if isinstance(took, int | float):
+            self._wakes.labels(model, backend).observe(took)
 
     def _ended(self, event: About, model: str, _: str) -> None:
         cause, expected = str(event.data.get("cause", "")), bool(event.data.get("expected"))

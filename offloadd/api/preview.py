@@ -12,7 +12,16 @@ from aiohttp import web
 from offloadd.config import Loaded, SourceText, render_json
 from offloadd.errors import RequestError
 from offloadd.plan.foresee import Foresight
-from offloadd.state.actions import Action, AdoptInstance, DeviceAccount, DrainInstance, StartInstance, StopInstance, StopReason
+from offloadd.state.actions import (
+    Action,
+    AdoptInstance,
+    DeviceAccount,
+    DrainInstance,
+    SleepInstance,
+    StartInstance,
+    StopInstance,
+    StopReason,
+)
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import DeviceId, ModelName
 
@@ -94,7 +103,7 @@ def _effects(change: Change) -> dict[ModelName, list[Action]]:
     anyway = {_gist(action) for action in change.without.actions}
     found: dict[ModelName, list[Action]] = {}
     for action in change.within.actions:
-        if isinstance(action, StartInstance | DrainInstance | StopInstance) and _gist(action) not in anyway:
+        if isinstance(action, StartInstance | DrainInstance | SleepInstance | StopInstance) and _gist(action) not in anyway:
             found.setdefault(action.instance.model, []).append(action)
     return found
 
@@ -102,13 +111,15 @@ def _effects(change: Change) -> dict[ModelName, list[Action]]:
 def _gist(action: Action) -> object:
     if isinstance(action, StartInstance):
         return ("start", action.instance.model, action.candidate.fingerprint)
+    if isinstance(action, SleepInstance):
+        return ("sleep", action.instance)
     return ("end", action.instance) if isinstance(action, DrainInstance | StopInstance | AdoptInstance) else action
 
 
 def _model(change: Change, name: ModelName, actions: Sequence[Action]) -> dict[str, Any]:
     old, new = change.old.models.get(name), change.new.models.get(name)
     starts = [action for action in actions if isinstance(action, StartInstance)]
-    ends = [action for action in actions if isinstance(action, DrainInstance | StopInstance)]
+    ends = [action for action in actions if isinstance(action, DrainInstance | SleepInstance | StopInstance)]
     decision = change.within.last.decisions.get(name)
     return {
         "model": name,
@@ -121,13 +132,17 @@ def _model(change: Change, name: ModelName, actions: Sequence[Action]) -> dict[s
     }
 
 
-def _effect(starts: Sequence[StartInstance], ends: Sequence[DrainInstance | StopInstance], *, in_place: bool) -> str:
+def _effect(
+    starts: Sequence[StartInstance], ends: Sequence[DrainInstance | SleepInstance | StopInstance], *, in_place: bool
+) -> str:
     if starts and ends:
         return "replace"
     if starts:
         return "start"
     if any(isinstance(action, StopInstance) and action.reason is StopReason.EVICTED for action in ends):
         return "evict"
+    if ends and all(isinstance(action, SleepInstance) for action in ends):
+        return "sleep"
     if any("to make room for " in action.why for action in ends):
         return "evict"
     return "stop" if ends else "in place" if in_place else "none"

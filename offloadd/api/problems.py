@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from offloadd.api.picture import Problem
 from offloadd.state.actions import ModelState, Plan
+from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
+from offloadd.state.launch import ExitKind
 from offloadd.state.observed import ObservedState
 from offloadd.units import format_bytes, gist
 
@@ -61,6 +63,16 @@ def of_processes(observed: ObservedState) -> Iterable[tuple[str, str]]:
             yield text, "the kernel holds it, mostly in a driver: see dmesg; a reboot may be needed"
         elif view.fault:
             yield f"{view.id}: {view.fault}", "it is replaced; see its log if that comes again"
+
+
+def of_sleep(observed: ObservedState, demand: Demand) -> Iterable[tuple[str, str]]:
+    """Models whose present launch was to sleep and kept its memory, unless that was forgiven by hand."""
+    for model, exits in observed.exits.items():
+        present = {offer.fingerprint for offer in observed.candidates.get(model, ())}
+        kept = [record for record in exits if record.cause.kind is ExitKind.SLEEPLESS and record.fingerprint in present]
+        last = kept[-1] if kept else None
+        if last is not None and last.at > demand.forgiven.get(model, float("-inf")):
+            yield f"{model} is stopped where it should sleep, since {last.instance} did not: {last.cause.message}", last.cause.hint
 
 
 def changed_at_start(begun: DesiredState, present: DesiredState) -> Iterable[str]:

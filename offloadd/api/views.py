@@ -162,6 +162,7 @@ def instance(picture: Picture, view: InstanceView) -> Json:
         "load": picture.demand.leases.get(view.id, 0),
         "slots": view.spec.parallel,
         "reserved_bytes": view.placement.total,
+        "awake_bytes": (view.awake or view.placement).total,
         "fingerprint": view.fingerprint,
     }
 

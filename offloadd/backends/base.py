@@ -21,6 +21,7 @@ from offloadd.state.launch import (
     Health,
     Launch,
     ModelFacts,
+    Naps,
     Placement,
     ProbeReply,
     Probes,
@@ -143,6 +144,19 @@ class SuitsFiles(Protocol):
         ...
 
 
+@runtime_checkable
+class CanSleep(Protocol):
+    """An adapter of an engine that can give its GPU memory back and live on."""
+
+    def naps(self, spec: ModelSpec) -> Naps | None:
+        """How it is put to sleep and woken; None where the model's options do not ask for it."""
+        ...
+
+    def read_nap(self, reply: ProbeReply) -> bool | None:
+        """Whether it sleeps, by the reply to `Naps.asks`; None when that does not tell."""
+        ...
+
+
 class HubEngine:
     """What engines have in common that load folders and hub ids, tell models apart by name, and stop when a client leaves.
 
@@ -218,7 +232,10 @@ def fingerprint(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelF
     endpoint = replace(NO_ENDPOINT, more=(0,) * backend.more_ports)
     launches = [backend.launch(engine, spec, facts, placement, endpoint) for placement in (NOWHERE, SOMEWHERE)]
     where = (spec.devices, spec.gpu_layers, spec.partial, spec.vram) if backend.kind is not BackendKind.EXTERNAL else ()
-    text = json.dumps([engine.name, *([launch.argv, sorted(launch.env.items())] for launch in launches), where])
+    # How deep it sleeps says how much RAM is kept for its weights, and does not show in the launch.
+    naps = backend.naps(spec) if isinstance(backend, CanSleep) else None
+    deep = [naps.level] if naps else []
+    text = json.dumps([engine.name, *([launch.argv, sorted(launch.env.items())] for launch in launches), where, *deep])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

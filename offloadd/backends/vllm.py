@@ -21,6 +21,7 @@ from offloadd.state.launch import (
     Health,
     Launch,
     ModelFacts,
+    Naps,
     Placement,
     Probe,
     ProbeReply,
@@ -35,6 +36,34 @@ _CPU_PROGRAM = Bytes(3 * GIB)
 """The same where it computes on the CPU: measured at 3.2 GB resident, shared pages counted twice."""
 _BATCH = 2048
 _SHARE_STEP = 10_000
+_GRAPHS_ASLEEP = Bytes(GIB)
+_ASLEEP = Bytes(GIB)
+"""What a sleeping server still holds of each card, its context above all: an assumption, not measured. Graphs stay as well."""
+_FALL_ASLEEP = Seconds(60)
+_WAKE_UP = Seconds(600)
+"""Weights may have to be read from disk; how long it may really take is the planner's to judge (start_timeout)."""
+_DEVELOPMENT = frozenset(
+    {
+        "sleep",
+        "wake_up",
+        "is_sleeping",
+        "pause",
+        "resume",
+        "is_paused",
+        "reset_prefix_cache",
+        "reset_mm_cache",
+        "reset_encoder_cache",
+        "release_kv_cache_memory",
+        "server_info",
+        "collective_rpc",
+        "abort_requests",
+        "update_weights",
+        "init_weight_transfer_engine",
+        "get_world_size",
+    }
+)
+"""Paths that its development mode opens, without a key."""
+_ASKED = Seconds(3)
 _WARM_UP = Seconds(60)
 """The first request of a kind was seen to take 14.5 s."""
 
@@ -73,6 +102,12 @@ class VllmOptions(BackendOptions):
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Runs code that comes with the model: only where you have read it, with `revision` set to what you have read."""
+    sleep: Literal[0, 1, 2] = 0
+    """Puts an idle instance on GPUs to sleep where it would be stopped otherwise, and wakes it when a request wants it. 1 keeps
+    the weights in RAM, which is reserved for them from the start; 2 drops them, and reads them again to wake. It is stopped only
+    when what it holds asleep is needed too. It opens vLLM's development endpoints on its loopback port, where they need no key."""
+    asleep: Bytes | None = None
+    """What it still holds of each GPU asleep; default: 2 GiB, 1 GiB with `eager`. More counts where it is seen to hold more."""
     load_format: str | None = None
     """How weights are read, such as `safetensors` or `dummy`."""
 
@@ -232,11 +267,19 @@ class Vllm(HubEngine):
         if facts.shape is None:
             return _by_hand(spec, options)
         memory = _memory(spec, facts, options)
-        host = Bytes(_PROGRAM + options.cpu_offload)
+        host = Bytes(_PROGRAM + options.cpu_offload + (memory.weights if options.sleep == 1 else 0))
         on_host = Bytes(_CPU_PROGRAM + memory.weights + _cpu_cache(memory.cache, options) * GIB)
         if spec.vram != "auto":
-            return _fixed(spec.vram, host, on_host=spec.vram, counts=tuple(memory.even))
-        return VramEstimate(total=memory.total, basis=memory.basis, host=host, on_host=on_host, even=memory.even, elastic=True)
+            return _fixed(spec.vram, host, options, counts=tuple(memory.even))
+        return VramEstimate(
+            total=memory.total,
+            basis=memory.basis,
+            host=host,
+            on_host=on_host,
+            even=memory.even,
+            elastic=True,
+            asleep=_asleep(options),
+        )
 
     def launch(self, engine: Engine, spec: ModelSpec, facts: ModelFacts, placement: Placement, endpoint: Endpoint) -> Launch:
         """`vllm serve` on one loopback port, with its part of each card as a share of the whole."""
@@ -254,12 +297,14 @@ class Vllm(HubEngine):
             "--enable-prompt-tokens-details",
             *_memory_flags(placement, options),
             *_option_flags(options),
+            *(("--enable-sleep-mode",) if options.sleep and placement.gpus else ()),
             *engine.args,
             *spec.args,
         ]
         # On the CPU not even an empty list of GPUs: it takes that for a cluster whose cards are about to come, and dies of it.
         seen = visible(placement) if placement.gpus else {}
-        env = {**_ENVIRONMENT, **seen, **engine.env, **spec.env}
+        naps = {"VLLM_SERVER_DEV_MODE": "1"} if options.sleep and placement.gpus else {}
+        env = {**_ENVIRONMENT, **naps, **seen, **engine.env, **spec.env}
         if endpoint.key:
             env["VLLM_API_KEY"] = endpoint.key  # not an argument: those are for all users to read
         if not placement.gpus:
@@ -283,7 +328,28 @@ class Vllm(HubEngine):
     def api(self, spec: ModelSpec) -> EngineApi:
         """It insists on the model's name; which paths it has depends on whether it makes text or vectors."""
         pooling = _options(spec).runner == "pooling"
-        return EngineApi(paths=_POOLING if pooling else _TEXT, hints=_HINTS, model=spec.name)
+        closed = _DEVELOPMENT if _options(spec).sleep else frozenset[str]()
+        return EngineApi(paths=_POOLING if pooling else _TEXT, hints=_HINTS, model=spec.name, closed=closed)
+
+    def naps(self, spec: ModelSpec) -> Naps | None:
+        """Level 2 has its weights read again between waking their memory and that of the cache."""
+        level = _options(spec).sleep
+        if not level:
+            return None
+        fall = _order(f"/sleep?level={level}&mode=wait", _FALL_ASLEEP)
+        wake: tuple[Probe, ...] = (_order("/wake_up", _WAKE_UP),)
+        if level == 2:
+            reload = Probe(path="/collective_rpc", body=_json(method="reload_weights"), timeout=_WAKE_UP)
+            wake = (_order("/wake_up?tags=weights", _WAKE_UP), reload, _order("/wake_up?tags=kv_cache", _WAKE_UP))
+        return Naps(level=level, sleep=(fall,), wake=wake, asks=Probe(path="/is_sleeping", timeout=_ASKED))
+
+    def read_nap(self, reply: ProbeReply) -> bool | None:
+        """`{"is_sleeping": true}`; in development mode only."""
+        try:
+            answer = json.loads(reply.body)["is_sleeping"] if reply.status == 200 else None
+        except (ValueError, KeyError, TypeError):
+            return None
+        return answer if isinstance(answer, bool) else None
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """It ends with 0 when its engine has died, too: an end that nobody asked for is a failure whatever the code."""
@@ -329,14 +395,22 @@ def _memory(spec: ModelSpec, facts: ModelFacts, options: VllmOptions) -> HubMemo
 def _by_hand(spec: ModelSpec, options: VllmOptions) -> VramEstimate | None:
     if spec.vram == "auto":
         return None
-    return _fixed(spec.vram, Bytes(_PROGRAM + options.cpu_offload), on_host=spec.vram, counts=(2, 4, 8))
+    weights = spec.vram if options.sleep == 1 else 0  # of a model that has not been looked into they may be nearly all of it
+    return _fixed(spec.vram, Bytes(_PROGRAM + options.cpu_offload + weights), options, counts=(2, 4, 8))
 
 
-def _fixed(size: Bytes, host: Bytes, *, on_host: Bytes, counts: tuple[int, ...]) -> VramEstimate:
+def _fixed(size: Bytes, host: Bytes, options: VllmOptions, *, counts: tuple[int, ...]) -> VramEstimate:
     """What the config says, whatever would be worked out."""
     even = {count: Bytes(-(-size // count)) for count in counts}
     basis = f"vram: {format_bytes(size)} in the config"
-    return VramEstimate(total=size, basis=basis, host=host, on_host=on_host, even=even, elastic=True)
+    asleep = _asleep(options)
+    return VramEstimate(total=size, basis=basis, host=host, on_host=size, even=even, elastic=True, asleep=asleep)
+
+
+def _asleep(options: VllmOptions) -> Bytes | None:
+    if not options.sleep:
+        return None
+    return Bytes(_ASLEEP + (0 if options.eager else _GRAPHS_ASLEEP)) if options.asleep is None else options.asleep
 
 
 def _cpu_cache(cache: Bytes, options: VllmOptions) -> int:
@@ -395,6 +469,11 @@ def _canary(spec: ModelSpec) -> Probe:
     if _options(spec).runner == "pooling":
         return Probe(path="/v1/embeddings", body=_json(model=spec.name, input="a"), timeout=_WARM_UP)
     return Probe(path="/v1/completions", body=_json(model=spec.name, prompt="a", max_tokens=1, temperature=0), timeout=_WARM_UP)
+
+
+def _order(path: str, limit: Seconds) -> Probe:
+    """A POST that says all in its path."""
+    return Probe(path=path, body=b"{}", timeout=limit)
 
 
 def _json(**fields: object) -> bytes:

@@ -9,7 +9,7 @@ from offloadd.state.actions import DeviceAccount
 from offloadd.state.demand import Loan
 from offloadd.state.desired import Budget, DeviceBudget
 from offloadd.state.ids import HOST_RAM, DeviceId, DeviceKind
-from offloadd.state.observed import LEAVING, DeviceView, InstanceState, InstanceView
+from offloadd.state.observed import DeviceView, InstanceState, InstanceView
 from offloadd.units import Bytes, Share
 
 
@@ -30,7 +30,7 @@ def open_accounts(
     sums = {device: _Sums() for device in devices}
     for view in instances:
         gone = view.state is InstanceState.EXITED
-        _add(sums, devices, view.placement.reserved, view.measured, leaving=view.state in LEAVING, gone=gone)
+        _add(sums, devices, view.placement.reserved, view.measured, returning=view.returning, gone=gone)
     for loan in loans:
         _add(sums, devices, loan.granted or {}, loan.measured, lent=True)
     return {device: sums[device].account(view, limit_of(view, budget)) for device, view in devices.items()}
@@ -89,7 +89,7 @@ def _add(
     reserved: Mapping[DeviceId, Bytes],
     measured: Mapping[DeviceId, Bytes],
     *,
-    leaving: bool = False,
+    returning: Mapping[DeviceId, Bytes] | None = None,
     gone: bool = False,
     lent: bool = False,
 ) -> None:
@@ -99,7 +99,7 @@ def _add(
             if each in sums:
                 entry = sums[each]
                 entry.reserved += promised
-                entry.releasing += promised if leaving else 0
+                entry.releasing += (returning or {}).get(device, 0)
                 entry.lent += promised if lent else 0
                 entry.untaken += 0 if gone else max(0, promised - measured.get(device, 0))
 

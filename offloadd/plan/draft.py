@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from offloadd.plan.accounting import Ledger, open_accounts, pool
 from offloadd.plan.eviction import freed
@@ -15,15 +15,18 @@ from offloadd.state.actions import (
     ForgetInstance,
     GrantLoan,
     Plan,
+    RestInstance,
+    SleepInstance,
     StartInstance,
     StopInstance,
     StopReason,
+    WakeInstance,
 )
 from offloadd.state.demand import Demand
 from offloadd.state.desired import BackendKind, DesiredState, ModelSpec
 from offloadd.state.ids import LOCAL, BackendName, DeviceId, DeviceKind, InstanceId, ModelName
 from offloadd.state.launch import Placement
-from offloadd.state.observed import LEAVING, SETTLING, DeviceView, InstanceState, InstanceView, ObservedState
+from offloadd.state.observed import SETTLING, TURNING, DeviceView, InstanceState, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant, Seconds, counted
 
 FRESH = Seconds(1)
@@ -89,6 +92,10 @@ class Draft:
         """Whether this plan already has an action for the instance."""
         return view.id in self._actions
 
+    def leaves(self, view: InstanceView) -> bool:
+        """Whether this plan has an action for the instance that takes it away."""
+        return self.acted_on(view) and not isinstance(self.action(view), SleepInstance | RestInstance | WakeInstance)
+
     def action(self, view: InstanceView) -> Action | None:
         """This plan's action for the instance."""
         return self._actions.get(view.id)
@@ -97,10 +104,10 @@ class Draft:
         """Bytes that come back by themselves: of instances on their way out, those that this plan sends away included."""
         return Bytes(self.ledger.accounts[device].releasing + self._sent_away.get(device, 0))
 
-    def room_after(self, views: Iterable[InstanceView]) -> Room:
-        """The room when these have left too, beside all that is on its way out."""
+    def room_after(self, views: Iterable[InstanceView], asleep: Container[InstanceId] = ()) -> Room:
+        """The room when these have left too, or have fallen `asleep`, beside all that is on its way out."""
         coming = {device: Bytes(room + self.leaving(device)) for device, room in self.ledger.room.items()}
-        return freed(coming, views, self.observed.devices)
+        return freed(coming, views, self.observed.devices, asleep)
 
     def room_when_all_is_back(self, views: Iterable[InstanceView]) -> Room:
         """The room when these have left, by the promises alone: as if nobody used memory to whom it was not promised."""
@@ -136,14 +143,25 @@ class Draft:
         """Take over an orphan; its memory is on the books already."""
         self._actions[view.id] = AdoptInstance(instance=view.id, why=why)
 
-    def loads_there(self, placement: Placement) -> InstanceId | None:
-        """Who loads on one of these GPUs, where that one or the one to be placed sizes itself by what it finds there."""
-        loading = [(view.id, view.placement) for view in self.observed.instances.values() if view.state in SETTLING]
-        loading += [(key, action.placement) for key, action in self._actions.items() if isinstance(action, StartInstance)]
-        for instance, other in sorted(loading, key=lambda each: each[0]):
-            if (placement.elastic or other.elastic) and set(placement.gpus) & set(other.gpus):
+    def loads_there(self, placement: Placement, *, sizes_itself: bool | None = None) -> InstanceId | None:
+        """Who loads, falls asleep or wakes on one of these GPUs, where that one or the one to be placed measures them meanwhile.
+
+        Only who loads measures; whoever `sizes_itself` does, as an elastic placement says unless it is told otherwise.
+        """
+        measures = placement.elastic if sizes_itself is None else sizes_itself
+        moving = [(view.id, view.placement, view.state in SETTLING) for view in self._moving()]
+        moving += [(key, action.placement, True) for key, action in self._actions.items() if isinstance(action, StartInstance)]
+        for instance, other, loads in sorted(moving, key=lambda each: each[0]):
+            if (measures or (loads and other.elastic)) and set(placement.gpus) & set(other.gpus):
                 return instance
         return None
+
+    def _moving(self) -> Iterable[InstanceView]:
+        """Instances whose memory comes or goes, by what was seen and by this plan."""
+        for view in self.observed.instances.values():
+            turns = isinstance(self._actions.get(view.id), SleepInstance | WakeInstance)
+            if view.state in SETTLING or view.state in TURNING or turns:
+                yield view
 
     def grant(self, action: GrantLoan) -> None:
         """Lend memory, and take it out of the room."""
@@ -190,11 +208,30 @@ class Draft:
         if not self.acted_on(view) and view.state not in (InstanceState.STOPPING, InstanceState.EXITED):
             self._send_away(view, StopInstance(instance=view.id, reason=reason, why=why, limit=self.spec_of(view).stop_timeout))
 
+    def put_to_sleep(self, view: InstanceView, why: str) -> None:
+        """Have it fall asleep."""
+        free = {gpu: self.observed.devices[gpu].free for gpu in view.placement.asleep if gpu in self.observed.devices}
+        self._actions[view.id] = SleepInstance(instance=view.id, free=free, why=why)
+        self._coming_back(view.placement.freed_asleep)
+
+    def rest(self, view: InstanceView, keeps: Mapping[DeviceId, Bytes], why: str) -> None:
+        """Promise it no more than this any more. What that frees is given by the next plan."""
+        self._actions[view.id] = RestInstance(instance=view.id, keeps=keeps, why=why)
+
+    def rouse(self, view: InstanceView, why: str) -> None:
+        """Wake it, and take what it needs for that out of the room."""
+        self._actions[view.id] = WakeInstance(instance=view.id, why=why)
+        awake, now = view.awake or view.placement, view.placement.reserved
+        self.ledger.claim({device: Bytes(max(0, size - now.get(device, 0))) for device, size in awake.reserved.items()})
+
     def _send_away(self, view: InstanceView, action: DrainInstance | StopInstance) -> None:
         self._actions[view.id] = action
-        if view.state in LEAVING:
-            return  # the books count it as leaving already
-        for device, size in view.placement.reserved.items():
+        # Some of it the books may count as leaving already.
+        returning = view.returning
+        self._coming_back({device: Bytes(size - returning.get(device, 0)) for device, size in view.placement.reserved.items()})
+
+    def _coming_back(self, sizes: Mapping[DeviceId, Bytes]) -> None:
+        for device, size in sizes.items():
             for each in pool(device, self.observed.devices):
                 self._sent_away[each] = self._sent_away.get(each, 0) + size
 

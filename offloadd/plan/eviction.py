@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from offloadd.plan.accounting import pool
@@ -31,6 +31,8 @@ class Evictable:
     priority: int
     last_used: Instant
     idle: Seconds
+    sleeps: bool = False
+    """Whether it can be put to sleep instead."""
 
     @property
     def cost(self) -> tuple[bool, int, float, float, InstanceId]:
@@ -46,6 +48,8 @@ class Relief:
 
     victims: tuple[Evictable, ...]
     placement: Placement
+    asleep: frozenset[InstanceId] = frozenset()
+    """Those of them that need not leave: it is enough when they sleep."""
 
 
 def choose_victims(attempt: Try, room: Room, candidates: Sequence[Evictable], devices: Devices) -> Relief | None:
@@ -59,14 +63,15 @@ def choose_victims(attempt: Try, room: Room, candidates: Sequence[Evictable], de
     return None
 
 
-def freed(room: Room, views: Iterable[InstanceView], devices: Devices) -> Room:
-    """The room when these have left."""
+def freed(room: Room, views: Iterable[InstanceView], devices: Devices, asleep: Container[InstanceId] = ()) -> Room:
+    """The room when these have left, or have fallen asleep; what of theirs is on its way back already does not count again."""
     result = dict(room)
     for view in views:
-        for device, size in view.placement.reserved.items():
+        sizes = view.placement.freed_asleep if view.id in asleep else view.placement.reserved
+        for device, size in sizes.items():
             for each in pool(device, devices):
                 if each in result:
-                    result[each] = Bytes(result[each] + size)
+                    result[each] = Bytes(result[each] + size - view.returning.get(device, 0))
     return result
 
 
@@ -79,4 +84,18 @@ def _without_spare(attempt: Try, room: Room, chosen: Sequence[Evictable], found:
         answer = attempt(freed(room, (c.view for c in fewer), devices))
         if isinstance(answer, Placement):
             kept, placement = fewer, answer
-    return Relief(tuple(kept), placement)
+    return _resting(attempt, room, kept, placement, devices)
+
+
+def _resting(attempt: Try, room: Room, victims: Sequence[Evictable], found: Placement, devices: Devices) -> Relief:
+    """Let those sleep whose sleep is enough, dearest first: they are back much sooner than those that are stopped."""
+    views = [victim.view for victim in victims]
+    asleep: frozenset[InstanceId] = frozenset()
+    placement = found
+    for victim in reversed(victims):
+        if victim.sleeps:
+            more = asleep | {victim.view.id}
+            answer = attempt(freed(room, views, devices, more))
+            if isinstance(answer, Placement):
+                asleep, placement = more, answer
+    return Relief(tuple(victims), placement, asleep)

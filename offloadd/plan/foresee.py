@@ -17,8 +17,11 @@ from offloadd.state.actions import (
     GrantLoan,
     ModelState,
     Plan,
+    RestInstance,
+    SleepInstance,
     StartInstance,
     StopInstance,
+    WakeInstance,
 )
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
@@ -70,6 +73,11 @@ class _World:
             if view.state in SETTLING:
                 self._grow(view)
                 views[view.id] = self._ready(view)
+            elif view.state is InstanceState.WAKING:
+                self._grow(view)
+                views[view.id] = self._awake(view)
+            elif view.state is InstanceState.FALLING_ASLEEP:
+                views[view.id] = self._asleep(view)
         self._set(views)
 
     def carry_out(self, actions: Iterable[Action]) -> None:
@@ -84,6 +92,12 @@ class _World:
                     self._count(view.id)
                 case AdoptInstance():
                     views[action.instance] = self._ready(views[action.instance])
+                case SleepInstance() | RestInstance():
+                    views[action.instance] = self._asleep(views[action.instance])
+                case WakeInstance():
+                    view = self._awake(views[action.instance])
+                    self._grow(view)
+                    views[action.instance] = replace(view, measured=view.placement.reserved)
                 case DrainInstance() | StopInstance() | ForgetInstance():
                     self._end(views.pop(action.instance))
                 case GrantLoan():
@@ -112,6 +126,21 @@ class _World:
     def _ready(self, view: InstanceView) -> InstanceView:
         ready_at = self.now if view.ready_at is None else view.ready_at
         return replace(view, state=InstanceState.READY, ready_at=ready_at, since=self.now, adopted_at=self.now)
+
+    def _asleep(self, view: InstanceView) -> InstanceView:
+        """It has given back what it will not hold asleep."""
+        reserved = {**view.placement.reserved, **view.placement.asleep}
+        rest = {device: Bytes(max(0, view.measured.get(device, 0) - reserved[device])) for device in view.placement.asleep}
+        self._take(rest, +1)
+        held = {device: Bytes(view.measured.get(device, 0) - rest.get(device, 0)) for device in view.measured}
+        asleep = replace(view.placement, reserved=reserved)
+        return replace(
+            view, state=InstanceState.SLEEPING, since=self.now, placement=asleep, awake=view.awake or view.placement, measured=held
+        )
+
+    def _awake(self, view: InstanceView) -> InstanceView:
+        placement = view.awake or view.placement
+        return replace(view, state=InstanceState.READY, since=self.now, placement=placement, awake=None)
 
     def _grow(self, view: InstanceView) -> None:
         """It takes what it was promised and has not taken yet."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from offloadd.plan.draft import Draft
+from offloadd.plan.sleep import put_down
 from offloadd.plan.upkeep import worn
 from offloadd.plan.wants import Want, unloaded_by_hand
 from offloadd.state.actions import StopReason
 from offloadd.state.desired import ModelSpec
-from offloadd.state.observed import LEAVING, InstanceState, InstanceView
+from offloadd.state.observed import LEAVING, RESTING, InstanceState, InstanceView
 from offloadd.units import Instant, Seconds, format_seconds
 
 SPARE_IDLE = Seconds(60)
@@ -18,7 +19,7 @@ SPARE_IDLE = Seconds(60)
 
 def present(draft: Draft, spec: ModelSpec) -> tuple[list[InstanceView], list[InstanceView]]:
     """The model's instances that stay as far as this plan goes: those that the config asks for, and the stale ones."""
-    views = [view for view in draft.instances(spec.name) if view.state not in LEAVING and not draft.acted_on(view)]
+    views = [view for view in draft.instances(spec.name) if view.state not in LEAVING and not draft.leaves(view)]
     stale = [view for view in views if _is_old(draft, spec, view) or outranked(draft, spec, view)]
     return [view for view in views if view not in stale], stale
 
@@ -29,7 +30,7 @@ def outranked(draft: Draft, spec: ModelSpec, view: InstanceView) -> str:
         return ""
     ranks = {name: rank for rank, name in enumerate(spec.backends)}
     own = ranks.get(view.backend, len(ranks))
-    others = (other for other in draft.instances(spec.name) if other.state not in LEAVING and not draft.acted_on(other))
+    others = (other for other in draft.instances(spec.name) if other.state not in LEAVING and not draft.leaves(other))
     better = next((other for other in others if ranks.get(other.backend, len(ranks)) < own), None)
     return f"{better.id} serves it on {better.backend}, which comes first" if better else ""
 
@@ -61,7 +62,7 @@ def retire_surplus(draft: Draft, want: Want, fresh: Sequence[InstanceView]) -> N
         return  # one of them may be stale and about to be replaced by the other: wait until that is known
     asked = [next((view for view in fresh if view.backend == name), None) for name in sorted(draft.named(want.spec))]
     others = [view for view in fresh if view not in asked]
-    by_worth = sorted(others, key=lambda v: (v.state is not InstanceState.READY, -draft.leases(v), v.id))
+    by_worth = sorted(others, key=lambda v: (v.state is not InstanceState.READY, v.state in RESTING, -draft.leases(v), v.id))
     for view in by_worth[want.most :]:
         draft.retire(view, StopReason.UNWANTED, f"{want.most} wanted, {len(fresh)} there")
     for view in by_worth[want.count : want.most]:
@@ -75,7 +76,9 @@ def _retire_spare(draft: Draft, want: Want, view: InstanceView) -> None:
     used = max(view.ready_at or view.since, view.since, draft.demand.idle_since.get(view.id, view.since))
     deadline = Instant(used + limit)
     if draft.now >= deadline:
-        draft.retire(view, StopReason.IDLE, f"a replica that was idle for {format_seconds(draft.now - used)}; {want.count} suffice")
+        put_down(
+            draft, view, StopReason.IDLE, f"a replica that was idle for {format_seconds(draft.now - used)}; {want.count} suffice"
+        )
     else:
         draft.wake(deadline)
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from offloadd.plan.draft import Draft
 from offloadd.plan.eviction import Evictable, Try, choose_victims
 from offloadd.plan.placement import NoRoom, Room
+from offloadd.plan.sleep import may_sleep
 from offloadd.plan.upkeep import RELEASE_TIME
 from offloadd.plan.wants import Want
 from offloadd.state.actions import StopReason
 from offloadd.state.desired import ModelSpec, RunMode
 from offloadd.state.launch import Placement
-from offloadd.state.observed import LEAVING, SETTLING, InstanceView
+from offloadd.state.observed import LEAVING, SETTLING, TURNING, InstanceView
 from offloadd.units import Instant, Seconds
 
 FAIR_WAIT = Seconds(10)
@@ -56,6 +57,8 @@ class Making:
     """The model's own old instances must go before a new one fits."""
     coming: bool = False
     """It fits as soon as memory that is on its way back has arrived."""
+    hopeless: bool = False
+    """It would not fit even if all left that may be made to, sooner or later."""
     late: bool = False
     """Something ended a moment ago, and its memory may still show as used by nobody."""
 
@@ -73,7 +76,7 @@ def make_room(draft: Draft, claimant: Claimant, shortages: Sequence[Short], own:
     for short in shortages:
         if short.fits(draft.room_after([*rivals, *own])):
             return _meet(draft, claimant, short, rivals, own)
-    return _await_late(draft, shortages, [*rivals, *own]) or Making(shortages[0])
+    return _await_late(draft, shortages, [*rivals, *own]) or Making(shortages[0], hopeless=True)
 
 
 def for_model(draft: Draft, want: Want) -> Claimant:
@@ -89,9 +92,13 @@ def _meet(draft: Draft, claimant: Claimant, short: Short, rivals: Sequence[Insta
     relief = choose_victims(short.attempt, draft.room_after(own), _evictable(draft, claimant, rivals), draft.observed.devices)
     if relief is not None:
         # The own ones may lie where they are in nobody's way: then they serve on beside.
-        own_leave = not short.fits(draft.room_after([victim.view for victim in relief.victims]))
+        own_leave = not short.fits(draft.room_after([victim.view for victim in relief.victims], relief.asleep))
         for victim in relief.victims:
-            draft.retire(victim.view, StopReason.EVICTED, f"to make room for {claimant.name} ({claimant.why})")
+            why = f"to make room for {claimant.name} ({claimant.why})"
+            if victim.view.id in relief.asleep:
+                draft.put_to_sleep(victim.view, why)
+            else:
+                draft.retire(victim.view, StopReason.EVICTED, why)
         draft.ledger.claim(relief.placement.reserved)
         return Making(short, relief.victims, own_leave=own_leave)
     # Held even while nobody can leave yet, so that smaller models that come later don't eat the room as it appears.
@@ -128,9 +135,13 @@ def _evictable(draft: Draft, claimant: Claimant, rivals: Sequence[InstanceView])
             priority=draft.spec_of(view).priority,
             last_used=draft.last_used(view),
             idle=Seconds(draft.now - draft.last_used(view)),
+            sleeps=may_sleep(draft, view) and draft.loads_there(view.placement, sizes_itself=False) is None,
         )
         for view in rivals
-        if view.state not in SETTLING and not (patient and draft.leases(view)) and _has_stayed(draft, view)
+        if view.state not in SETTLING
+        and view.state not in TURNING
+        and not (patient and draft.leases(view))
+        and _has_stayed(draft, view)
     ]
 
 

@@ -11,10 +11,10 @@ from offloadd.plan.eviction import Evictable
 from offloadd.plan.restart import RestartVerdict
 from offloadd.plan.room import Making
 from offloadd.plan.wants import Want
-from offloadd.state.actions import Decision, ModelState, StartInstance, StopInstance
+from offloadd.state.actions import Decision, ModelState, SleepInstance, StartInstance, StopInstance, WakeInstance
 from offloadd.state.desired import RunMode
 from offloadd.state.ids import ModelName
-from offloadd.state.observed import SETTLING, InstanceState, InstanceView
+from offloadd.state.observed import RESTING, SETTLING, InstanceState, InstanceView
 from offloadd.units import Instant, Seconds, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 _UNDER_WAY = (ModelState.WAITING, ModelState.STARTING, ModelState.LOADING, ModelState.STOPPING, ModelState.BACKOFF)
 _BY_INSTANCE = {
     InstanceState.READY: ModelState.READY,
+    InstanceState.WAKING: ModelState.WAKING,
     InstanceState.LOADING: ModelState.LOADING,
     InstanceState.STARTING: ModelState.STARTING,
     InstanceState.ORPHANED: ModelState.STARTING,
+    InstanceState.FALLING_ASLEEP: ModelState.SLEEPING,
+    InstanceState.SLEEPING: ModelState.SLEEPING,
 }
 _RANK = {state: rank for rank, state in enumerate(_BY_INSTANCE)}
 
@@ -33,6 +36,8 @@ _RANK = {state: rank for rank, state in enumerate(_BY_INSTANCE)}
 def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
     """The model's decision: what its best instance does, else what came of the wish for one."""
     best = _best(draft, draft.instances(want.spec.name))
+    if best is not None and (best.state in RESTING or isinstance(draft.action(best), SleepInstance)):
+        return _resting(draft, want, outcome, best)
     if best is not None:
         return _decision(draft, want, outcome, _BY_INSTANCE[best.state], _instance_sentence(draft, best, outcome))
     if outcome.started:
@@ -40,6 +45,35 @@ def describe(draft: Draft, want: Want, outcome: Outcome) -> Decision:
     if outcome.state not in (None, ModelState.OFF):
         return _decision(draft, want, outcome, outcome.state or ModelState.OFF, outcome.sentence)
     return _leaving(draft, want, outcome)
+
+
+def _resting(draft: Draft, want: Want, outcome: Outcome, view: InstanceView) -> Decision:
+    """Of one that sleeps: what it holds and what it needs to wake, and what is being done about that."""
+    action = draft.action(view)
+    if isinstance(action, WakeInstance):
+        text = f"{view.id} wakes on {view.backend} and takes {format_bytes(_less(view))} again: {want.why}"
+        return _decision(draft, want, outcome, ModelState.WAKING, text)
+    if isinstance(action, SleepInstance):
+        freed = format_bytes(sum(view.placement.freed_asleep.values()))
+        text = f"{view.id} is put to sleep on {view.backend}, to free {freed}: {action.why}"
+    elif view.state is InstanceState.FALLING_ASLEEP:
+        freed = format_bytes(sum(view.placement.freed_asleep.values()))
+        text = f"{view.id} falls asleep on {view.backend}, which is to free {freed}: {want.why}"
+    else:
+        held, need = format_bytes(view.placement.total), format_bytes(_less(view))
+        text = f"{view.id} sleeps on {view.backend} with {held}, and needs {need} more to wake"
+        if outcome.started:
+            started = _start_sentence(outcome.started[0], want)
+            return _decision(draft, want, outcome, ModelState.STARTING, f"{started}; {text}, which is not there")
+        if outcome.state not in (None, ModelState.OFF):
+            return _decision(draft, want, outcome, outcome.state or ModelState.OFF, f"{outcome.sentence}; {text}")
+        text += f": {want.why}"
+    return _decision(draft, want, outcome, ModelState.SLEEPING, text)
+
+
+def _less(view: InstanceView) -> int:
+    """Bytes that it is promised less than awake."""
+    return (view.awake or view.placement).total - view.placement.total
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -133,14 +167,23 @@ def short_sentence(draft: Draft, making: Making, own: Sequence[InstanceView] = (
     if answer.device is None:
         return text
     named = [f"{view.id} (its config changed)" for view in own if making.own_leave]
-    named += [f"{v.view.id} ({_use(draft, v)})" for v in making.victims]
+    named += [f"{v.view.id} ({_use(draft, v)})" for v in making.victims if not _sleeps(draft, v)]
+    asleep = [f"{v.view.id} ({_use(draft, v)})" for v in making.victims if _sleeps(draft, v)]
     if named:
-        return f"{text}; making room with {', '.join(named)}"
+        text += f"; making room with {', '.join(named)}"
+    if asleep:
+        text += f"; putting {', '.join(asleep)} to sleep"
+    if named or asleep:
+        return text
     if making.coming:
         return f"{text}, {format_bytes(draft.leaving(answer.device))} being released"
     if making.late:
         return f"{text}, and memory of what just ended may be on its way back"
     return f"{text}, and nothing may be evicted for it now"
+
+
+def _sleeps(draft: Draft, victim: Evictable) -> bool:
+    return isinstance(draft.action(victim.view), SleepInstance)
 
 
 def _use(draft: Draft, victim: Evictable) -> str:

@@ -12,8 +12,10 @@ from offloadd.plan.present import is_known, present, retire_stale, retire_surplu
 from offloadd.plan.restart import RestartVerdict, next_restart, taught
 from offloadd.plan.room import Short, for_model, make_room
 from offloadd.plan.sentences import describe, give_up_sentence, short_sentence
+from offloadd.plan.sleep import put_down
+from offloadd.plan.waking import rouse, rouse_spare, sleepers
 from offloadd.plan.wants import EVER, Want
-from offloadd.state.actions import ModelState, StartInstance, StopInstance
+from offloadd.state.actions import ModelState, StartInstance, StopInstance, StopReason
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName
 from offloadd.state.launch import Candidate, Placement, VramEstimate
@@ -47,7 +49,10 @@ def let_go(draft: Draft, want: Want) -> None:
     fresh, stale = present(draft, want.spec)
     if not want.count:
         for view in (*fresh, *stale):
-            draft.retire(view, want.end, want.why)
+            if want.end is StopReason.IDLE and view in fresh:
+                put_down(draft, view, want.end, want.why)
+            else:
+                draft.retire(view, want.end, want.why)
         return
     retire_surplus(draft, want, fresh)
     ready = sum(view.state is InstanceState.READY and is_known(draft, want.spec, view) for view in fresh)
@@ -61,10 +66,17 @@ def settle(draft: Draft, want: Want) -> None:
         draft.decide(describe(draft, want, Outcome(state=ModelState.OFF, sentence=f"off: {want.why}")))
         return
     fresh, stale = present(draft, want.spec)
-    asked = _start_named(draft, want)
-    outcome = _start_missing(draft, want, want.count - len(fresh) - len(asked.started))
+    roused = rouse(draft, want, fresh)
+    there = [view for view in fresh if view not in roused.lost]
+    asked = _start_named(draft, want, there, roused.lost)
+    outcome = _start_missing(draft, want, want.count - len(there) - len(asked.started), roused.lost)
     if outcome.in_the_way:
         retire_stale(draft, stale)
+    if outcome.in_the_way or outcome.started or asked.started:
+        for view in roused.lost:
+            draft.retire(view, StopReason.REPLACED, "it sleeps where it has no room to wake")
+    if roused.waits and outcome.state is None:
+        outcome.state, outcome.sentence = ModelState.WAITING, roused.waits
     outcome.started = [*asked.started, *outcome.started]
     if outcome.state is None:
         outcome.state, outcome.sentence = asked.state, asked.sentence
@@ -72,17 +84,16 @@ def settle(draft: Draft, want: Want) -> None:
     draft.decide(describe(draft, want, outcome))
 
 
-def _start_named(draft: Draft, want: Want) -> Outcome:
+def _start_named(draft: Draft, want: Want, there: Sequence[InstanceView], lost: Sequence[InstanceView]) -> Outcome:
     """One instance on each engine that waiting requests ask for by name, where none is there or on its way."""
-    there = {view.backend for view in present(draft, want.spec)[0]}
-    missing = draft.demand.waiting_for.get(want.spec.name, frozenset()) - there
+    missing = draft.demand.waiting_for.get(want.spec.name, frozenset()) - {view.backend for view in there}
     outcome = Outcome()
     if not missing:
         return outcome
     offers = _startable(draft, want, Outcome())
     for name in sorted(missing):
         own = [offer for offer in offers if offer[0].backend == name]
-        if own and (action := _start_one(draft, want, own, outcome)):
+        if own and (action := _start_one(draft, want, own, outcome, lost)):
             outcome.started = [*outcome.started, action]
     return outcome
 
@@ -93,11 +104,16 @@ def grow(draft: Draft, want: Want) -> None:
     if waiting is None or want.most <= want.count:
         return
     fresh, _ = present(draft, want.spec)
+    asleep = sleepers(fresh)
+    fresh = [view for view in fresh if view not in asleep]
     if not want.count <= len(fresh) < want.most or any(view.state is not InstanceState.READY for view in fresh):
         return
     at = Instant(waiting.oldest + GROW_AFTER)
     if draft.now < at:
         draft.wake(at)
+        return
+    if asleep:
+        rouse_spare(draft, want, asleep[-1])
         return
     outcome = Outcome()
     for candidate, need in _startable(draft, want, outcome):
@@ -130,7 +146,7 @@ def come_home(draft: Draft, want: Want) -> None:
             return
 
 
-def _start_missing(draft: Draft, want: Want, missing: int) -> Outcome:
+def _start_missing(draft: Draft, want: Want, missing: int, lost: Sequence[InstanceView]) -> Outcome:
     outcome = Outcome()
     if missing <= 0:
         return outcome
@@ -139,7 +155,7 @@ def _start_missing(draft: Draft, want: Want, missing: int) -> Outcome:
         return outcome
     started: list[StartInstance] = []
     for _ in range(missing):
-        action = _start_one(draft, want, offers, outcome)
+        action = _start_one(draft, want, offers, outcome, lost)
         if action is None:
             return outcome
         started.append(action)
@@ -218,9 +234,16 @@ def _rule_out(
 
 
 def _start_one(
-    draft: Draft, want: Want, offers: Sequence[tuple[Candidate, VramEstimate]], outcome: Outcome
+    draft: Draft,
+    want: Want,
+    offers: Sequence[tuple[Candidate, VramEstimate]],
+    outcome: Outcome,
+    lost: Sequence[InstanceView] = (),
 ) -> StartInstance | None:
-    """Start with the first engine that has room; else make room for the first that can have it; else say what is short."""
+    """Start with the first engine that has room; else make room for the first that can have it; else say what is short.
+
+    `lost` are the model's own that sleep where they cannot wake: they leave where that makes room.
+    """
     shortages: list[Short] = []
     for candidate, need in offers:
         attempt = partial(place, need, want.spec, site=draft.site, usable=candidate.gpus)
@@ -238,25 +261,28 @@ def _start_one(
             return None
         shortages.append(Short(answer, attempt))
         outcome.engines[candidate.backend] = answer.sentence
-    _ask_for_room(draft, want, shortages, outcome)
+    _ask_for_room(draft, want, shortages, outcome, lost)
     return None
 
 
 def _give(draft: Draft, want: Want, candidate: Candidate, placement: Placement) -> StartInstance:
     key = draft.next_id(want.spec.name)
+    if candidate.estimate is not None and candidate.estimate.asleep is not None:
+        asleep = {gpu: min(candidate.estimate.asleep, placement.reserved[gpu]) for gpu in placement.gpus}
+        placement = replace(placement, asleep=asleep)
     action = StartInstance(instance=key, spec=want.spec, candidate=candidate, placement=placement, why=want.why)
     draft.start(action)
     return action
 
 
-def _ask_for_room(draft: Draft, want: Want, shortages: Sequence[Short], outcome: Outcome) -> None:
+def _ask_for_room(draft: Draft, want: Want, shortages: Sequence[Short], outcome: Outcome, lost: Sequence[InstanceView]) -> None:
     possible = [short for short in shortages if not short.answer.never]
     if not possible:
         if outcome.state is None:
             outcome.state, outcome.sentence = ModelState.FAILED, shortages[0].answer.sentence
             outcome.hint = "raise the budget, or lower context, parallel or the model's size"
         return
-    _, own = present(draft, want.spec)
+    own = [*present(draft, want.spec)[1], *lost]
     making = make_room(draft, for_model(draft, want), possible, own)
     outcome.state, outcome.retry_at, outcome.in_the_way = ModelState.WAITING, None, making.own_leave
     outcome.sentence = short_sentence(draft, making, own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from offloadd.plan.draft import Draft, requests_run
+from offloadd.plan.sleep import tend_falling, tend_waking
 from offloadd.state.actions import StopReason
 from offloadd.state.ids import HOST_RAM
 from offloadd.state.observed import SETTLING, InstanceState, InstanceView
@@ -29,7 +30,11 @@ def tend(draft: Draft) -> None:
             _finish_drain(draft, view)
         elif view.state in SETTLING:
             _check_start(draft, view)
-        elif view.state is InstanceState.READY:
+        elif view.state is InstanceState.FALLING_ASLEEP:
+            tend_falling(draft, view)
+        elif view.state is InstanceState.WAKING:
+            tend_waking(draft, view)
+        elif view.state in (InstanceState.READY, InstanceState.SLEEPING):
             _check_signs(draft, view)
 
 

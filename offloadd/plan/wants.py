@@ -9,7 +9,7 @@ from offloadd.plan.draft import Draft, requests_run
 from offloadd.state.actions import StopReason
 from offloadd.state.demand import Wish
 from offloadd.state.desired import ModelSpec, RunMode
-from offloadd.state.observed import LEAVING, InstanceView
+from offloadd.state.observed import LEAVING, RESTING, InstanceView
 from offloadd.units import Instant, counted, format_seconds
 
 EVER = Instant(float("-inf"))
@@ -75,6 +75,8 @@ def _on_demand(draft: Draft, spec: ModelSpec, wish: Wish | None = None) -> Want:
     held = sum(draft.leases(view) for view in views)
     if held:
         return _running(spec, why=requests_run(held), since=draft.now)
+    if all(view.state in RESTING for view in live):
+        return Want(spec=spec, count=0, why="no request wants it", end=StopReason.IDLE)
     return _idle(draft, spec, live)
 
 

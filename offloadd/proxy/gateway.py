@@ -184,7 +184,9 @@ class Gateway:
         spec = self.find(request.match_info["model"])
         lease = self._book.borrow(spec) if request.method in ("GET", "HEAD") else None
         async with self.leased(spec, lease) as held:
-            call = self._call(request, held, routing.upstream_target(request.rel_url), None)
+            target = routing.upstream_target(request.rel_url)
+            routing.check_open(target, held.host.api)
+            call = self._call(request, held, target, None)
             return await self._stream(request, held, await self._with_body(request, call))
 
     async def _with_body(self, request: web.Request, call: relay.Call) -> relay.Call:

@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar, cast
+from urllib.parse import unquote
 
 import msgspec
 from aiohttp import web
@@ -15,6 +16,7 @@ from yarl import URL
 from offloadd.errors import RequestError
 from offloadd.proxy import affinity
 from offloadd.state.desired import DesiredState, JsonValue, ModelSpec, RequestRules
+from offloadd.state.launch import EngineApi
 from offloadd.units import Seconds
 
 T = TypeVar("T")
@@ -109,6 +111,13 @@ def upstream_target(url: URL) -> str:
     if not _TARGET.fullmatch(target):
         raise RequestError(400, "bad_path", "the path holds characters that belong there only in their encoded form")
     return target
+
+
+def check_open(target: str, api: EngineApi) -> None:
+    """RequestError 403 for a path that the engine has for whoever runs it, however it is written."""
+    first = unquote(target.partition("?")[0]).strip("/").partition("/")[0]
+    if first in api.closed:
+        raise RequestError(403, "path_not_allowed", f"/{first} is for offloadd only: it changes how the server runs")
 
 
 async def bounded_body(request: web.Request, limit: int) -> AsyncIterator[bytes]:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -277,10 +277,12 @@ def _body(life: Life) -> dict[str, Any]:
         "fingerprint": life.fingerprint,
         "footprint_key": life.footprint_key,
         "identity": life.identity,
-        "reserved": [[*_device_body(device), size] for device, size in placement.reserved.items()],
+        "reserved": _sizes_body(placement.reserved),
         "gpus": [_device_body(gpu) for gpu in placement.gpus],
         "split": list(placement.split),
         "elastic": placement.elastic,
+        "sleeps": _sizes_body(placement.asleep),
+        "asleep": None if life.asleep is None else _sizes_body(life.asleep),
         "endpoint": asdict(life.endpoint),
         "boot": life.boot,
         "started_at": life.started_at,
@@ -311,18 +313,28 @@ def _life(mark: str, body: Any) -> Life:
         footprint_key=str(body["footprint_key"]),
         identity=str(body["identity"]),
         placement=Placement(
-            reserved={_device(entry): Bytes(int(entry[2])) for entry in body["reserved"]},
+            reserved=_sizes(body["reserved"]),
             gpus=tuple(_device(entry) for entry in body["gpus"]),
             split=tuple(int(count) for count in body["split"]),
             elastic=bool(body["elastic"]),
+            asleep=_sizes(body.get("sleeps", ())),
         ),
         endpoint=Endpoint(**{**body["endpoint"], "more": tuple(body["endpoint"]["more"])}),
         boot=str(body["boot"]),
         started_at=Instant(float(body["started_at"])),
         process=ProcessId(pid=int(process[0]), started=int(process[1])) if process else None,
         ready_at=None if ready_at is None else Instant(float(ready_at)),
+        asleep=None if body.get("asleep") is None else _sizes(body["asleep"]),
         stopping=str(body["stopping"]),
     )
+
+
+def _sizes_body(sizes: Mapping[DeviceId, Bytes]) -> list[Any]:
+    return [[*_device_body(device), size] for device, size in sizes.items()]
+
+
+def _sizes(entries: Iterable[Any]) -> dict[DeviceId, Bytes]:
+    return {_device(entry): Bytes(int(entry[2])) for entry in entries}
 
 
 def _device_body(device: DeviceId) -> list[Any]:

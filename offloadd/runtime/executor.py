@@ -21,9 +21,12 @@ from offloadd.state.actions import (
     ForgetInstance,
     GrantLoan,
     Plan,
+    RestInstance,
+    SleepInstance,
     StartInstance,
     StopInstance,
     StopReason,
+    WakeInstance,
 )
 from offloadd.state.desired import BackendKind, Engine, ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
@@ -147,6 +150,16 @@ class Executor:
                 said = _about(EventKind.INSTANCE_ADOPTED, action.instance)
                 log.info("%s: adopted: %s", action.instance, action.why, extra=said)
                 self._instances[action.instance].adopt()
+            case SleepInstance():
+                log.info("%s: falls asleep: %s", action.instance, action.why)
+                self._instances[action.instance].fall_asleep(action.free)
+            case RestInstance():
+                log.debug("%s: may rest: %s", action.instance, action.why)
+                self._instances[action.instance].rest(action.keeps)
+            case WakeInstance():
+                said = _about(EventKind.INSTANCE_WAKING, action.instance)
+                log.info("%s: wakes: %s", action.instance, action.why, extra=said)
+                self._instances[action.instance].wake_up()
             case DrainInstance():
                 log.info(
                     "%s: draining: %s", action.instance, action.why, extra=_about(EventKind.INSTANCE_DRAINING, action.instance)

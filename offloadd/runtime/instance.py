@@ -6,10 +6,10 @@ import asyncio
 import logging
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from offloadd.backends.base import Backend
 from offloadd.backends.words import fill
@@ -18,14 +18,15 @@ from offloadd.events import About, EventKind, about
 from offloadd.runtime.evidence import Evidence, machine_oom_kills, weigh
 from offloadd.runtime.launchers import Launcher, Process, Remains
 from offloadd.runtime.logs import LogFolder
+from offloadd.runtime.naps import Sleeper, sleeper_of
 from offloadd.runtime.stop_command import run_stop_command
 from offloadd.state.actions import StartInstance, StopReason
 from offloadd.state.desired import Engine, HealthPolicy
-from offloadd.state.ids import InstanceId, ModelName
-from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, Probe, ProbeReply
+from offloadd.state.ids import DeviceId, InstanceId, ModelName
+from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, Placement, Probe, ProbeReply
 from offloadd.state.life import Life
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView
-from offloadd.units import Bytes, Instant, Seconds, format_seconds
+from offloadd.units import Bytes, Instant, Seconds, format_bytes, format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,9 @@ STUCK_AFTER = Seconds(10)
 LOOPBACK = "127.0.0.1"
 
 _AT_FAULT = {StopReason.HUNG: ExitKind.HUNG, StopReason.START_TIMEOUT: ExitKind.START_TIMEOUT}
+_KINDS = {**_AT_FAULT, StopReason.SLEEPLESS: ExitKind.SLEEPLESS}
+"""It would have been stopped if it could not sleep at all: that it did not is no failure, and is remembered."""
+_SLEEPLESS_HINT = "it is not put to sleep again before its config changes or it is loaded by hand; vllm.asleep and its log may tell"
 
 
 class Lives(Protocol):
@@ -110,6 +114,13 @@ class Instance:
         self._worked_at: Instant | None = None
         self._misses = 0
         self._fault = ""
+        self._placement = action.placement
+        """What it is promised now."""
+        self._slept_at: Instant | None = None
+        self._keeps: Mapping[DeviceId, Bytes] | None = None
+        self._free_before: Mapping[DeviceId, Bytes] = {}
+        self._turned = asyncio.Event()
+        """Told to fall asleep, that it may rest, or to wake."""
         self._stuck = False
         self._exposed: tuple[str, ...] = ()
         self._oom_kills = machine_oom_kills()
@@ -137,7 +148,10 @@ class Instance:
             backend=self._action.candidate.backend,
             fingerprint=self._action.candidate.fingerprint,
             footprint_key=self._action.candidate.footprint_key,
-            placement=self._action.placement,
+            placement=self._placement,
+            awake=None if self._placement is self._action.placement else self._action.placement,
+            slept_at=self._slept_at,
+            free_before=self._free_before,
             state=self._state,
             since=self._since,
             started_at=self._started_at,
@@ -175,6 +189,26 @@ class Instance:
             self._adopted_at = self._tools.clock.now()
             self._enter(InstanceState.STARTING)
             self._wanted.set()
+
+    def fall_asleep(self, free: Mapping[DeviceId, Bytes]) -> None:
+        """Give its GPU memory back and live on; `free` is what is free there before."""
+        if self._state is InstanceState.READY:
+            self._free_before, self._slept_at, self._keeps = free, None, None
+            self._enter(InstanceState.FALLING_ASLEEP)
+            self._turned.set()
+
+    def rest(self, keeps: Mapping[DeviceId, Bytes]) -> None:
+        """Its memory was seen to be free: be promised only so much as soon as that is written down."""
+        if self._state is InstanceState.FALLING_ASLEEP and self._slept_at is not None:
+            self._keeps = keeps
+            self._turned.set()
+
+    def wake_up(self) -> None:
+        """Be promised all of its memory again, and take it."""
+        if self._state is InstanceState.SLEEPING:
+            self._placement = self._action.placement
+            self._enter(InstanceState.WAKING)
+            self._turned.set()
 
     def drain(self, deadline: Instant) -> None:
         """Take no new request; the planner stops it when the last has ended, or at the deadline."""
@@ -303,6 +337,8 @@ class Instance:
         self._state = InstanceState.ORPHANED
         self._process = process
         self._started_at, self._ready_at = life.started_at, life.ready_at
+        if life.asleep is not None:
+            self._placement = _reduced(life.placement, life.asleep)
         if life.stopping:
             self.stop(StopReason.UNWANTED, life.stopping)
 
@@ -327,8 +363,10 @@ class Instance:
             await self._until(lambda: asyncio.to_thread(self._tools.holds_port, process.pid, self._life.endpoint.port))
         if self._state is InstanceState.STARTING:
             self._enter(InstanceState.LOADING)
-        for probe in self.backend.probes(self._action.spec).readiness:
-            await self._until(lambda probe=probe: self._ask(probe))  # type: ignore[misc]
+        sleeper = sleeper_of(self.backend, self._action.spec, self._action.placement, self._life.endpoint, self._tools.probe)
+        if sleeper is not None and self._ready_at is not None and await self._found_asleep(sleeper):
+            await self._nap(sleeper)
+        await self._until_ready()
         self._last_sign = self._tools.clock.now()
         self._ready_at = self._ready_at or self._last_sign
         if self._state is InstanceState.LOADING:
@@ -336,7 +374,106 @@ class Instance:
             self._enter(InstanceState.READY)
         await self._note(ready_at=self._ready_at)
         self._exposed = await asyncio.to_thread(self._tools.open_ports, process.pid)
-        await self._watch_life()
+        while True:
+            await self._watch_life()
+            if sleeper is not None:
+                await self._fall_asleep(sleeper)
+                await self._nap(sleeper)
+
+    async def _until_ready(self) -> None:
+        for probe in self.backend.probes(self._action.spec).readiness:
+            await self._until(lambda probe=probe: self._ask(probe))  # type: ignore[misc]
+
+    async def _found_asleep(self, sleeper: Sleeper) -> bool:
+        """Whether what an earlier daemon left sleeps; it is then in the state that its memory's books are in."""
+        asleep: bool | None = None
+
+        async def told() -> bool:
+            nonlocal asleep
+            asleep = await sleeper.sleeps()
+            return asleep is not None
+
+        await self._until(told)
+        if asleep and self._state is InstanceState.LOADING:
+            now = self._tools.clock.now()
+            self._hear()
+            if self._life.asleep is None:  # it fell asleep, and nobody has seen its memory come free
+                self._slept_at = now
+            self._enter(InstanceState.FALLING_ASLEEP if self._life.asleep is None else InstanceState.SLEEPING)
+        elif not asleep and self._life.asleep is not None:
+            self._placement = self._action.placement  # somebody has woken it: what it holds must be on the books
+            await self._note(asleep=None)
+        return bool(asleep)
+
+    async def _fall_asleep(self, sleeper: Sleeper) -> None:
+        problem = await sleeper.fall_asleep()
+        if problem:
+            await self._be_sick(f"it cannot be put to sleep: {problem}")
+        self._hear()
+        self._slept_at = self._tools.clock.now()
+        self._tools.changed(self.id)
+
+    async def _nap(self, sleeper: Sleeper) -> None:
+        """From its word that it sleeps to its next token. Whether the memory came back is the planner's to see."""
+        while self._state is InstanceState.FALLING_ASLEEP and self._keeps is None:
+            await self._told(PROBE_SLOWEST)
+        if self._state is InstanceState.FALLING_ASLEEP and self._keeps is not None:
+            await self._note(asleep=self._keeps)  # ahead of the books: a daemon that comes after us must not promise it more
+            if self._state is InstanceState.FALLING_ASLEEP:
+                self._placement = _reduced(self._action.placement, self._keeps)
+                self._say(EventKind.INSTANCE_ASLEEP, f"sleeps (level {sleeper.level}) with {format_bytes(self._placement.total)}")
+                self._enter(InstanceState.SLEEPING)
+        while self._state is InstanceState.SLEEPING:
+            if not await self._told(LIVENESS_EVERY):
+                await self._look_at_sleep(sleeper)
+        if self._state is InstanceState.WAKING:
+            await self._wake(sleeper)
+
+    async def _look_at_sleep(self, sleeper: Sleeper) -> None:
+        asleep = await sleeper.sleeps()
+        if asleep:
+            self._hear()
+        elif asleep is None:
+            self._misses += 1
+        else:
+            self._fault = "it is awake though nobody here woke it, and holds memory that it is not promised"
+            log.warning("%s: %s", self.id, self._fault, extra=self._about(EventKind.INSTANCE_SICK))
+        if not asleep:
+            self._tools.changed(self.id)
+
+    async def _wake(self, sleeper: Sleeper) -> None:
+        began = self._tools.clock.now()
+        await self._note(asleep=None)
+        problem = await sleeper.wake_up()
+        if problem:
+            await self._be_sick(f"it does not wake: {problem}")
+        await self._until_ready()
+        self._slept_at, self._keeps = None, None
+        self._hear()
+        if self._state is InstanceState.WAKING:
+            took = Seconds(self._tools.clock.now() - began)
+            self._say(EventKind.INSTANCE_AWAKE, f"awake after {format_seconds(took)}", wake_s=took)
+            self._enter(InstanceState.READY)
+
+    async def _be_sick(self, fault: str) -> NoReturn:
+        """It cannot go on, and the planner ends it. Bytes that some client still gets do not make it well again."""
+        log.warning("%s: %s", self.id, fault, extra=self._about(EventKind.INSTANCE_SICK))
+        while True:
+            self._fault = fault
+            self._tools.changed(self.id)
+            await asyncio.sleep(LIVENESS_EVERY)
+
+    async def _told(self, limit: Seconds) -> bool:
+        """Whether it was told to do something else, within that time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                await self._turned.wait()
+        told = self._turned.is_set()
+        self._turned.clear()
+        return told
+
+    def _say(self, kind: EventKind, text: str, **data: object) -> None:
+        log.info("%s: %s", self.id, text, extra=self._about(kind, **data))
 
     def _say_ready(self, ready_at: Instant) -> None:
         took = Seconds(ready_at - self._started_at)
@@ -355,10 +492,15 @@ class Instance:
             pause = min(PROBE_SLOWEST, Seconds(pause * 1.3))
 
     async def _watch_life(self) -> None:
-        """Probe the working loop while no request shows that it turns. What silence means is the planner's to judge."""
+        """Probe the working loop while no request shows that it turns. What silence means is the planner's to judge.
+
+        Until it is told to fall asleep: no probe may then be under way.
+        """
         probes = self.backend.probes(self._action.spec)
         while True:
-            await asyncio.sleep(min(DOUBT_EVERY, LIVENESS_EVERY) if self._misses else LIVENESS_EVERY)
+            await self._told(min(DOUBT_EVERY, LIVENESS_EVERY) if self._misses else LIVENESS_EVERY)
+            if self._state is InstanceState.FALLING_ASLEEP:
+                return
             self._oom_kills = machine_oom_kills()
             quiet = self._tools.clock.now() - (self._last_sign or self._since)
             if quiet >= LIVENESS_EVERY:
@@ -448,8 +590,8 @@ class Instance:
     def _cause(self, status: ExitStatus, tail: tuple[str, ...], seen: Evidence) -> ExitCause:
         if self._stop_reason is None:
             return weigh(self.backend.explain_exit(status, tail, was_ready=self._ready_at is not None), status, seen)
-        kind = _AT_FAULT.get(self._stop_reason, ExitKind.STOPPED)
-        return ExitCause(kind=kind, message=self._stop_why)
+        kind = _KINDS.get(self._stop_reason, ExitKind.STOPPED)
+        return ExitCause(kind=kind, message=self._stop_why, hint=_SLEEPLESS_HINT if kind is ExitKind.SLEEPLESS else "")
 
     def record(self, status: ExitStatus, cause: ExitCause, tail: tuple[str, ...] = ()) -> ExitRecord:
         """Mark it exited, and sum its life up."""
@@ -467,6 +609,11 @@ class Instance:
             ready_for=None if self._ready_at is None else Seconds(now - self._ready_at),
             tail=tail,
         )
+
+
+def _reduced(placement: Placement, keeps: Mapping[DeviceId, Bytes]) -> Placement:
+    """What is promised to one that holds so much of its GPUs asleep."""
+    return replace(placement, reserved={**placement.reserved, **keeps})
 
 
 async def _ends_within(process: Process, limit: Seconds) -> bool:

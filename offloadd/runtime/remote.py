@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 
 from offloadd.backends.base import Backend
@@ -12,9 +13,10 @@ from offloadd.events import EventKind, about
 from offloadd.runtime.instance import LIVENESS_EVERY, PROBE_FIRST, PROBE_SLOWEST, Tools
 from offloadd.state.actions import StartInstance, StopReason
 from offloadd.state.desired import Engine
+from offloadd.state.ids import DeviceId
 from offloadd.state.launch import ExitCause, ExitKind, ExitStatus, Health, Probe, ProbeReply
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView
-from offloadd.units import Instant, Seconds, format_seconds
+from offloadd.units import Bytes, Instant, Seconds, format_seconds
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,15 @@ class RemoteInstance:
 
     def let_go(self) -> None:
         """It runs on by itself."""
+
+    def fall_asleep(self, free: Mapping[DeviceId, Bytes]) -> None:
+        """It holds no memory here that it could give back."""
+
+    def rest(self, keeps: Mapping[DeviceId, Bytes]) -> None:
+        """As before."""
+
+    def wake_up(self) -> None:
+        """It never sleeps."""
 
     def drain(self, deadline: Instant) -> None:
         """Give it no new request."""

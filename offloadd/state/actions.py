@@ -22,6 +22,8 @@ class StopReason(StrEnum):
     EVICTED = "evicted"
     SHUTDOWN = "shutdown"
     BY_HAND = "by-hand"
+    SLEEPLESS = "sleepless"
+    """It was to sleep, and did not, or gave nothing back."""
     START_TIMEOUT = "start-timeout"
     HUNG = "hung"
 
@@ -40,6 +42,33 @@ class StartInstance:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdoptInstance:
     """Take over the living process of an earlier daemon as it is: watch it, and serve with it once it answers."""
+
+    instance: InstanceId
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SleepInstance:
+    """Have it give its GPU memory back and live on. Planned only when it is ready and holds no lease."""
+
+    instance: InstanceId
+    free: Mapping[DeviceId, Bytes]
+    """What is free on its GPUs before, where they can be read."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestInstance:
+    """Its memory was seen to be free: from now on it is promised only what it `keeps` of each GPU."""
+
+    instance: InstanceId
+    keeps: Mapping[DeviceId, Bytes]
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WakeInstance:
+    """Promise it all of its memory again, and have it take it."""
 
     instance: InstanceId
     why: str
@@ -80,7 +109,17 @@ class GrantLoan:
     reserved: Mapping[DeviceId, Bytes]
 
 
-Action = StartInstance | AdoptInstance | DrainInstance | StopInstance | ForgetInstance | GrantLoan
+Action = (
+    StartInstance
+    | AdoptInstance
+    | SleepInstance
+    | RestInstance
+    | WakeInstance
+    | DrainInstance
+    | StopInstance
+    | ForgetInstance
+    | GrantLoan
+)
 
 
 class ModelState(StrEnum):
@@ -92,6 +131,9 @@ class ModelState(StrEnum):
     STARTING = "starting"
     LOADING = "loading"
     READY = "ready"
+    SLEEPING = "sleeping"
+    """Its server lives with little memory, and is woken when a request wants it."""
+    WAKING = "waking"
     DRAINING = "draining"
     STOPPING = "stopping"
     BACKOFF = "backoff"

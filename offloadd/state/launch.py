@@ -68,11 +68,18 @@ class Placement:
     """What was used of it when this was decided."""
     elastic: bool = False
     """Whether the engine sizes itself by what it finds on its GPUs: nothing else may load there meanwhile."""
+    asleep: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    """What it is expected to hold of each of `gpus` still when it sleeps; empty when it cannot sleep."""
 
     @property
     def total(self) -> Bytes:
         """Bytes over all devices."""
         return Bytes(sum(self.reserved.values()))
+
+    @property
+    def freed_asleep(self) -> Mapping[DeviceId, Bytes]:
+        """What it gives back when it falls asleep."""
+        return {gpu: Bytes(max(0, self.reserved.get(gpu, 0) - size)) for gpu, size in self.asleep.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +113,17 @@ class Probes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Naps:
+    """How an engine is put to sleep and woken: calls in order, each of which must answer 200."""
+
+    level: int
+    sleep: tuple[Probe, ...]
+    wake: tuple[Probe, ...]
+    asks: Probe
+    """Whether it sleeps; the question passes through its working loop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeReply:
     """What a probe brought back; `status` is None when nothing answered, and `error` says why."""
 
@@ -126,6 +144,8 @@ class EngineApi:
     """The name that requests must give it; empty when it does not look at it."""
     images: bool = False
     """Whether it sees pictures."""
+    closed: frozenset[str] = frozenset()
+    """First segments of paths that no client may ask it for, since they are for whoever runs it."""
     exact: bool = True
     """Whether its OpenAI streams may reach clients as they are: names, ids and endings are OpenAI's, for certain."""
     wire: Wire | None = None
@@ -173,6 +193,8 @@ class ExitKind(StrEnum):
     NOT_STARTED = "not-started"
     START_TIMEOUT = "start-timeout"
     HUNG = "hung"
+    SLEEPLESS = "sleepless"
+    """Told to sleep, it did not give its memory back, and was stopped in place of that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +264,8 @@ class VramEstimate:
     """What each GPU takes when all of it is divided evenly over so many; empty when it cannot be."""
     elastic: bool = False
     """Whether it takes what it is promised, whatever that is: then nothing is learned from what it took."""
+    asleep: Bytes | None = None
+    """What it still holds of each of its GPUs when it sleeps; None when it cannot sleep."""
     learned: bool = False
     """Whether `total` was measured on earlier launches rather than worked out."""
     estimated: Bytes | None = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from offloadd.state.desired import ModelSpec
-from offloadd.state.ids import BackendName, InstanceId
+from offloadd.state.ids import BackendName, DeviceId, InstanceId
 from offloadd.state.launch import Endpoint, Placement
-from offloadd.units import Instant
+from offloadd.units import Bytes, Instant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,5 +42,7 @@ class Life:
     process: ProcessId | None = None
     """None from the intent to the record; its process, if there is one, is then found by its mark."""
     ready_at: Instant | None = None
+    asleep: Mapping[DeviceId, Bytes] | None = None
+    """What it holds of its GPUs asleep; None while it is promised all of its memory."""
     stopping: str = ""
     """Why it is being stopped; empty when it is not."""

@@ -20,6 +20,12 @@ class InstanceState(StrEnum):
     LOADING = "loading"
     """Its own process holds the port and the model is not usable yet."""
     READY = "ready"
+    FALLING_ASLEEP = "falling-asleep"
+    """Told to give most of its GPU memory back and to live on; that memory was not seen to be free yet."""
+    SLEEPING = "sleeping"
+    """It has given it back, and takes no request before it is woken."""
+    WAKING = "waking"
+    """Told to take its memory again; it does not answer yet."""
     DRAINING = "draining"
     STOPPING = "stopping"
     EXITED = "exited"
@@ -29,6 +35,10 @@ class InstanceState(StrEnum):
 
 SETTLING = frozenset({InstanceState.STARTING, InstanceState.LOADING})
 """States on the way to READY."""
+RESTING = frozenset({InstanceState.FALLING_ASLEEP, InstanceState.SLEEPING})
+"""States in which it serves nobody and is nobody's next either, until it is woken."""
+TURNING = frozenset({InstanceState.FALLING_ASLEEP, InstanceState.WAKING})
+"""States in which its memory comes or goes."""
 LEAVING = frozenset({InstanceState.DRAINING, InstanceState.STOPPING, InstanceState.EXITED})
 """States that take no new request and lead to the end."""
 
@@ -42,6 +52,7 @@ class InstanceView:
     backend: BackendName
     fingerprint: str
     placement: Placement
+    """What it is promised now: less while it sleeps."""
     state: InstanceState
     since: Instant
     """When it entered `state`."""
@@ -58,6 +69,12 @@ class InstanceView:
     """Probes of its working loop in a row that brought nothing."""
     fault: str = ""
     """What shows that it cannot do its work though its process lives, as a canary that got no answer; empty when nothing does."""
+    awake: Placement | None = None
+    """What it needs again to wake up; None while it is promised all of it."""
+    slept_at: Instant | None = None
+    """When the engine said that it had fallen asleep; None when it has not, or is awake."""
+    free_before: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    """What was free on its GPUs when it was told to sleep."""
     stuck: bool = False
     """SIGKILL did not end it: it holds what it holds until the kernel lets go of it."""
     exposed: tuple[str, ...] = ()
@@ -77,6 +94,13 @@ class InstanceView:
         if self.state is InstanceState.ORPHANED:
             return self.since
         return self.started_at if self.adopted_at is None else self.adopted_at
+
+    @property
+    def returning(self) -> Mapping[DeviceId, Bytes]:
+        """What of its promise is on its way back: all when it leaves, what it will not hold asleep when it falls asleep."""
+        if self.state in LEAVING:
+            return self.placement.reserved
+        return self.placement.freed_asleep if self.state is InstanceState.FALLING_ASLEEP else {}
 
     @property
     def ejected(self) -> bool:

@@ -244,6 +244,24 @@ def test_sleeping_it_looks_healthy_and_generates_nothing(tmp_path: Path) -> None
         client.close()
 
 
+def test_woken_in_parts_it_generates_when_the_last_is_there_and_means_it_when_its_weights_were_read(tmp_path: Path) -> None:
+    def said(server: Server) -> str:
+        return str(server.post(CHAT, {**ASKED, "max_tokens": 2}).json()["choices"][0]["message"]["content"])
+
+    with running(tmp_path, "--enable-sleep-mode", env={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+        wait_serving(server)
+        for reload in (False, True):
+            assert server.post("/sleep?level=2&mode=wait", {}).status == 200
+            assert server.post("/collective_rpc", {"method": "reload_weights"}).status == 500  # they have no memory yet
+            assert server.post("/wake_up?tags=weights", {}).json() == {"status": "awake", "tags": ["weights"]}
+            assert server.get("/is_sleeping").json() == {"is_sleeping": True}
+            if reload:
+                assert server.post("/collective_rpc", {"method": "reload_weights"}).status == 200
+            server.post("/wake_up?tags=kv_cache", {})
+            assert server.get("/is_sleeping").json() == {"is_sleeping": False}
+            assert ("!" in said(server)) is not reload
+
+
 @pytest.mark.parametrize(
     ("flags", "knobs", "code", "said"),
     [

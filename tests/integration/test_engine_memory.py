@@ -22,15 +22,15 @@ def on_cards(nvml: FakeNvml, folder: Path, models: dict[str, Any], **more: Any) 
     library = str(fake.build().parent)
     shown = {**nvml.environment, "LD_LIBRARY_PATH": library, "FAKE_NVML_PROCS": str(nvml.procs)}
     backends = {name: {**engine, "env": {**engine.get("env", {}), **shown}} for name, engine in engines().items()}
-    patches = {"offloadd.daemon.REFRESH": 0.2}
-    with running(folder, models, backends=backends, env=environment(nvml), patches=patches, **more) as daemon:
+    more.setdefault("patches", {"offloadd.daemon.REFRESH": 0.2})
+    with running(folder, models, backends=backends, env=environment(nvml), **more) as daemon:
         yield daemon
 
 
 def on(name: str, gib: float, weights_mib: int = 600, **changes: Any) -> dict[str, Any]:
     """A model of this engine, promised so much, whose weights are smaller: the rest it fills as its engine does."""
     env = {"STANDIN_GPU_WEIGHTS_MIB": weights_mib, "STANDIN_LOAD_S": 0.3, **changes.pop("env", {})}
-    return served_by(name, vram=f"{int(gib * 1024)}MiB", run="always", env=env, **changes)
+    return served_by(name, **{"vram": f"{int(gib * 1024)}MiB", "run": "always", "env": env, **changes})
 
 
 def test_each_takes_its_promise_and_two_of_them_share_a_card(tmp_path: Path) -> None:

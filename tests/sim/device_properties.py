@@ -7,11 +7,11 @@ from dataclasses import replace
 from functools import partial
 
 from offloadd.plan.planner import plan
-from offloadd.state.actions import DrainInstance, GrantLoan, ModelState, Plan, StartInstance, StopInstance
+from offloadd.state.actions import DrainInstance, GrantLoan, ModelState, Plan, SleepInstance, StartInstance, StopInstance
 from offloadd.state.demand import Loan
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import HOST_RAM, DeviceId
-from offloadd.state.launch import Placement, VramEstimate
+from offloadd.state.launch import ExitKind, Placement, VramEstimate
 from offloadd.state.observed import LEAVING, DeviceView, InstanceState, InstanceView
 from offloadd.units import Instant
 from tests.sim.step import Broken, Step
@@ -169,7 +169,7 @@ def nobody_is_evicted_before_it_stayed_as_long_as_its_load_took(step: Step) -> N
 def nobody_is_evicted_in_vain_nor_without_need(step: Step) -> None:
     """When all whom a waiter sends away have left, it fits; and without any one of them it would not."""
     reasons = {action.why.partition(";")[0] for action in step.evictions()}
-    if len(reasons) != 1 or step.starts() or step.grants():
+    if len(reasons) != 1 or step.starts() or step.grants() or step.wakes():
         return  # with several changes in one plan, each is judged in a room that is not known here
     reason = next(iter(reasons))
     if step.unified_is_unread() or any(step.world.machine.balance(device) < 0 for device in step.world.machine.cards):
@@ -184,15 +184,24 @@ def nobody_is_evicted_in_vain_nor_without_need(step: Step) -> None:
     ]
     if has_place is None or others_wait or any(view.state is InstanceState.EXITED for view in step.observed.instances.values()):
         return
-    evicted = [step.view(action) for action in step.evictions()]
     room = _true_room_after(step)
     if not has_place(room):
         raise Broken("nobody_is_evicted_in_vain_nor_without_need", f"{reason}: {room} is not enough")
-    for view in evicted:
+    for action in step.evictions():
+        view = step.view(action)
+        asleep = isinstance(action, SleepInstance)
         without = _true_room_after(step, ghosts=False)  # what is late to come back may not be waited for any more
-        step.add(without, view.placement.reserved, -1)
+        step.add(without, view.placement.freed_asleep if asleep else view.placement.reserved, -1)
         if has_place(without):
             raise Broken("nobody_is_evicted_in_vain_nor_without_need", f"{reason}: {view.id} need not go")
+        step.add(without, view.placement.freed_asleep)
+        if not asleep and _could_sleep(step, view) and has_place(without):
+            raise Broken("nobody_is_evicted_in_vain_nor_without_need", f"{reason}: it is enough that {view.id} sleeps")
+
+
+def _could_sleep(step: Step, view: InstanceView) -> bool:
+    kept = any(record.cause.kind is ExitKind.SLEEPLESS for record in step.world.exits.get(view.model, []))
+    return view.state is InstanceState.READY and any(view.placement.freed_asleep.values()) and not (kept or step.leases(view.id))
 
 
 def _leaks(step: Step, view: InstanceView) -> bool:
@@ -206,6 +215,9 @@ def _place_of(step: Step, reason: str) -> Callable[[Mapping[DeviceId, int]], boo
         waiting = [loan for loan in step.demand.loans.values() if loan.granted is None]
         return partial(loan_fits, step, waiting[0]) if len(waiting) == 1 else None
     spec = next((spec for spec in step.desired.models.values() if f"make room for {spec.name} (" in reason), None)
+    if spec is not None and (asleep := [v for v in step.observed.instances.values() if v.model == spec.name and v.awake]):
+        more = step.missing_awake(asleep[0])
+        return (lambda room: all(room.get(each, 0) >= size for each, size in more.items())) if len(asleep) == 1 else None
     if spec is None or step.loans_wait() or spec.replicas.min > 1 or len(step.needs(spec.name)) != 1:
         return None
     return partial(step.fits, step.needs(spec.name)[0], spec)
@@ -227,6 +239,8 @@ def _true_room_after(step: Step, *, ghosts: bool = True) -> dict[DeviceId, int]:
     leaving = {view.id for view in step.observed.instances.values() if view.state in LEAVING} | {
         action.instance for action in step.ends()
     }
+    dozing = [view for view in step.observed.instances.values() if view.state is InstanceState.FALLING_ASLEEP]
+    dozing += [step.view(action) for action in step.sleeps()]
     room: dict[DeviceId, int] = {}
     for device, account in step.plan.accounts.items():
         stays = [view for view in step.observed.instances.values() if view.id not in leaving]
@@ -243,7 +257,9 @@ def _true_room_after(step: Step, *, ghosts: bool = True) -> dict[DeviceId, int]:
         )
         unmeasured = sum(_unmeasured(step, loan, device) for loan in step.demand.loans.values())
         late = sum(card.ghosts for card in pool) if ghosts else 0
-        room[device] = min(account.limit - promised, world.machine.balance(device) + goes + late - due - unmeasured)
+        back = sum(step.on_pool(view.placement.freed_asleep, device) for view in dozing if view.id not in leaving)
+        free = world.machine.balance(device) + goes + late - due - unmeasured
+        room[device] = min(account.limit - promised, free) + back
     return room
 
 

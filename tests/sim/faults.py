@@ -7,7 +7,7 @@ from dataclasses import replace
 from offloadd.state.ids import HOST_RAM, DeviceId, ModelName
 from offloadd.state.observed import InstanceState
 from tests.sim.machine import GIB
-from tests.sim.world import Fate, Process, Script, World
+from tests.sim.world import Fate, Nap, Process, Script, World
 
 
 def crash(world: World, process: Process) -> None:
@@ -39,6 +39,11 @@ def crash_when_ready(world: World, model: ModelName, after: float) -> None:
 def ignore_term(world: World, model: ModelName) -> None:
     """Its next processes end only when they are killed."""
     world.scripts[model] = replace(world.scripts.get(model, Script()), ignores_term=True)
+
+
+def sleep_so(world: World, model: ModelName, nap: Nap) -> None:
+    """Whatever is put to sleep of the model from now on fares like this."""
+    world.scripts[model] = replace(world.scripts.get(model, Script()), nap=nap)
 
 
 def take_less(world: World, model: ModelName, share: float) -> None:

@@ -83,6 +83,15 @@ class Machine:
         for device, size in sizes.items():
             held[device] = max(size, held.get(device, 0))
 
+    def shrink(self, owner: Hashable, sizes: Mapping[DeviceId, int]) -> dict[DeviceId, int]:
+        """The owner keeps no more than this of these devices; the rest stays used until it `came_back`."""
+        held = self.held.get(owner, {})
+        freed = {device: max(0, held.get(device, 0) - size) for device, size in sizes.items()}
+        for device, size in freed.items():
+            held[device] = held.get(device, 0) - size
+            self.cards[device].ghosts += size
+        return freed
+
     def drop(self, owner: Hashable) -> dict[DeviceId, int]:
         """The owner is gone; what it held stays used until it `came_back`."""
         sizes = self.held.pop(owner, {})

@@ -20,18 +20,21 @@ from offloadd.state.actions import (
     ForgetInstance,
     ModelState,
     Plan,
+    RestInstance,
+    SleepInstance,
     StartInstance,
     StopInstance,
     StopReason,
+    WakeInstance,
 )
 from offloadd.state.desired import ModelSpec, RestartPolicy, RunMode
 from offloadd.state.ids import HOST_RAM, DeviceId
 from offloadd.state.launch import Candidate, ExitKind, ModelFacts
-from offloadd.state.observed import LEAVING, ExitRecord, InstanceState
+from offloadd.state.observed import LEAVING, ExitRecord, InstanceState, InstanceView
 from offloadd.units import Instant
 from tests.sim.device_properties import DEVICE_REPLAN, DEVICE_STEP, loan_fits
 from tests.sim.step import Broken, Step, take_step
-from tests.sim.world import AT_FAULT, World
+from tests.sim.world import AT_FAULT, EXITS_KEPT, World
 
 DEMANDS = ("waiting", "leases", "last_used", "idle_since", "loans", "wishes", "forgiven")
 FOR_A_REASON = (StopReason.EVICTED, StopReason.IDLE, StopReason.REPLACED, StopReason.BY_HAND)
@@ -53,7 +56,7 @@ def reserved_memory_stays_within_each_devices_limit_releasing_included(step: Ste
 
 
 def _new_promises(step: Step) -> list[Mapping[DeviceId, int]]:
-    return [*(action.placement.reserved for action in step.starts()), *(action.reserved for action in step.grants())]
+    return [*(reserved for _, reserved in step.promises()), *(action.reserved for action in step.grants())]
 
 
 def a_start_never_takes_memory_that_others_use_or_were_promised(step: Step) -> None:
@@ -91,6 +94,12 @@ def _in_place(action: Action, state: InstanceState) -> bool:
             return state is InstanceState.EXITED
         case AdoptInstance():
             return state is InstanceState.ORPHANED
+        case SleepInstance():
+            return state is InstanceState.READY
+        case RestInstance():
+            return state is InstanceState.FALLING_ASLEEP
+        case WakeInstance():
+            return state is InstanceState.SLEEPING
         case DrainInstance():
             return state in (InstanceState.STARTING, InstanceState.LOADING, InstanceState.READY)
         case _:
@@ -117,10 +126,14 @@ def an_instance_is_found_at_fault_only_when_it_is(step: Step) -> None:
         if action.reason is StopReason.START_TIMEOUT:
             timeout = (step.spec(process.id.model) or process.spec).start_timeout
             begun = process.started_at if process.adopted_at is None else process.adopted_at
+            if process.state is InstanceState.WAKING:
+                if step.now < process.since + timeout - 1e-6:
+                    raise Broken("an_instance_is_found_at_fault_only_when_it_is", f"{process.id} is not late to wake")
+                continue
             fine = process.state is InstanceState.READY or (process.ready_at is not None and process.adopted_at is None)
             if fine or step.now < begun + timeout - 1e-6:
                 raise Broken("an_instance_is_found_at_fault_only_when_it_is", f"{process.id} is not late")
-        if action.reason is StopReason.HUNG:
+        if action.reason is StopReason.HUNG and not process.fault:
             last = process.last_sign or process.since
             silence = step.now - (last if process.held else max(last, process.idle_since))
             if silence < (300 if process.held else 30) - 1e-6:
@@ -180,7 +193,7 @@ def a_model_is_started_only_for_a_reason(step: Step) -> None:
         if not live and not _has_demand(step, spec):
             raise Broken(name, f"nobody waits for {action.instance}")
         goes = {ended.instance for ended in step.ends()}  # it may be replaced elsewhere at once
-        same = [view for view in live if view.fingerprint == action.candidate.fingerprint and view.id not in goes]
+        same = [view for view in _awake(live) if view.fingerprint == action.candidate.fingerprint and view.id not in goes]
         new = sum(other.instance.model == spec.name for other in step.starts())
         if len(same) + new > max(spec.replicas.max, spec.replicas.min):
             raise Broken(name, f"{len(same)} + {new} instances of {spec.name}")
@@ -193,11 +206,16 @@ def a_spare_replica_is_started_only_where_requests_have_waited(step: Step) -> No
         spec, waiting = action.spec, step.demand.waiting.get(action.instance.model)
         live = [view for view in step.observed.instances.values() if view.model == spec.name and view.state not in LEAVING]
         goes = {ended.instance for ended in step.ends()}
-        same = [view for view in live if view.fingerprint == action.candidate.fingerprint and view.id not in goes]
+        same = [view for view in _awake(live) if view.fingerprint == action.candidate.fingerprint and view.id not in goes]
         if len(same) < max(1, spec.replicas.min):
             continue
         if waiting is None or waiting.oldest > step.now - 2 + 1e-6 or any(v.state is not InstanceState.READY for v in same):
             raise Broken(name, f"{action.instance} beside {[str(view.id) for view in same]}, {waiting}")
+
+
+def _awake(views: Iterable[InstanceView]) -> list[InstanceView]:
+    """Those that serve, or will: one that sleeps where it cannot wake does not keep a fresh one from being started."""
+    return [view for view in views if view.state is not InstanceState.SLEEPING]
 
 
 def _has_demand(step: Step, spec: ModelSpec) -> bool:
@@ -266,24 +284,28 @@ def room_on_its_way_is_kept_for_the_first_in_line(step: Step) -> None:
         return
     first = min(waiters, key=lambda spec: _rank(step, spec))
     needs = step.needs(first.name)
-    if len(needs) != 1:
-        return  # which engine it is kept for depends on which of them backs off
+    if len(needs) != 1 or any(view.model == first.name and view.awake for view in step.observed.instances.values()):
+        return  # which engine it is kept for depends on which of them backs off, and one that sleeps needs a place of its own
     coming = step.coming_room()
-    behind = [action for action in step.starts() if _rank(step, action.spec) > _rank(step, first)]
-    for reserved in [action.placement.reserved for action in step.starts() if action not in behind] + [
-        action.reserved for action in step.grants()
-    ]:
+    first_rank = _rank(step, first)
+    ranked = [(_rank(step, step.desired.models[model]), model, reserved) for model, reserved in step.promises()]
+    behind = [(model, reserved) for rank, model, reserved in ranked if rank > first_rank]
+    ahead = [reserved for rank, _, reserved in ranked if rank <= first_rank]
+    for reserved in [*ahead, *(action.reserved for action in step.grants())]:
         step.add(coming, reserved, -1)
     if not behind or not step.fits(needs[0], first, coming):
         return
     for view in step.sent_away():
         step.add(coming, view.placement.reserved)
-    for action in behind:
-        step.add(coming, action.placement.reserved, -1)
+        step.add(coming, view.returning, -1)
+    for action in step.sleeps():
+        step.add(coming, step.view(action).placement.freed_asleep)
+    for _, reserved in behind:
+        step.add(coming, reserved, -1)
     if not step.fits(needs[0], first, coming):
         raise Broken(
             "room_on_its_way_is_kept_for_the_first_in_line",
-            f"{first.name} needs {needs[0].total} of {coming}, taken by {[str(action.instance) for action in behind]}",
+            f"{first.name} needs {needs[0].total} of {coming}, taken by {[str(model) for model, _ in behind]}",
         )
 
 
@@ -324,6 +346,50 @@ def no_more_is_evicted_than_the_waiters_need(step: Step) -> None:
         raise Broken("no_more_is_evicted_than_the_waiters_need", f"{spare} to spare, {least} evicted")
 
 
+def only_one_that_is_ready_and_idle_is_put_to_sleep(step: Step) -> None:
+    """It has no request, it can sleep, and no such launch has failed to."""
+    name = "only_one_that_is_ready_and_idle_is_put_to_sleep"
+    for action in step.sleeps():
+        view = step.view(action)
+        if step.leases(view.id) or not view.placement.asleep or view.fault:
+            raise Broken(name, f"{view.id}: {step.leases(view.id)} leases, {view.placement}")
+        since = step.demand.forgiven.get(view.model, float("-inf"))
+        exits = [one for one in step.world.exits.get(view.model, []) if one.fingerprint == view.fingerprint and one.at > since]
+        if any(record.cause.kind is ExitKind.SLEEPLESS for record in exits[-EXITS_KEPT:]):
+            raise Broken(name, f"{view.id} was seen to keep its memory asleep")
+
+
+def a_promise_is_lowered_only_when_the_memory_is_really_back(step: Step) -> None:
+    """The sleeper holds no more than what stays promised to it, and gave most of what it was to give."""
+    for action in step.rests():
+        view, process = step.view(action), step.world.processes[action.instance]
+        for gpu, size in action.keeps.items():
+            held = step.world.machine.held_by(view.id, gpu)
+            if not process.dozes or held > size or size > view.placement.reserved[gpu]:
+                raise Broken("a_promise_is_lowered_only_when_the_memory_is_really_back", f"{view.id} holds {held}, keeps {size}")
+
+
+def one_that_can_sleep_is_not_stopped_for_being_idle(step: Step) -> None:
+    """Sleep is tried first, unless it is stale or that has failed before."""
+    for action in step.stops():
+        view = step.view(action)
+        if action.reason is not StopReason.IDLE or not any(view.placement.freed_asleep.values()) or view.misses:
+            continue
+        offers = step.observed.candidates.get(view.model, ())
+        stale = not any(offer.fingerprint in ("", view.fingerprint) for offer in offers if offer.backend == view.backend)
+        kept = any(record.cause.kind is ExitKind.SLEEPLESS for record in step.world.exits.get(view.model, []))
+        if not stale and not kept and view.state is InstanceState.READY:
+            raise Broken("one_that_can_sleep_is_not_stopped_for_being_idle", f"{view.id}: {action.why}")
+
+
+def nobody_is_woken_but_for_demand(step: Step) -> None:
+    """By a request, by hand, or since the model is to run always."""
+    for action in step.wakes():
+        spec = step.spec(action.instance.model)
+        if spec is None or not _has_demand(step, spec):
+            raise Broken("nobody_is_woken_but_for_demand", f"{action.instance}: {action.why}")
+
+
 def every_model_gets_a_verdict(step: Step) -> None:
     """One decision per model of the config, with a sentence; a wait that time ends says when."""
     for name in step.desired.models:
@@ -350,6 +416,10 @@ STEP: tuple[Callable[[Step], None], ...] = (
     a_spare_replica_is_started_only_where_requests_have_waited,
     room_on_its_way_is_kept_for_the_first_in_line,
     no_more_is_evicted_than_the_waiters_need,
+    only_one_that_is_ready_and_idle_is_put_to_sleep,
+    a_promise_is_lowered_only_when_the_memory_is_really_back,
+    one_that_can_sleep_is_not_stopped_for_being_idle,
+    nobody_is_woken_but_for_demand,
     every_model_gets_a_verdict,
 )
 
@@ -423,7 +493,8 @@ REPLAN: tuple[Callable[[Step], None], ...] = (
 def a_plan_that_was_carried_out_has_nothing_to_add(step: Step, after: Step) -> None:
     """Asked again at once, the planner plans nothing, unless forgetting or replacing an instance gave others new hope of room."""
     hope = any(
-        isinstance(action, ForgetInstance) or "its config changed" in getattr(action, "why", "") for action in step.plan.actions
+        isinstance(action, ForgetInstance | RestInstance) or "its config changed" in getattr(action, "why", "")
+        for action in step.plan.actions
     )
     # With several devices, where a waiter's room is held may change when others begin to leave, and then more of them do.
     moved = len(step.observed.devices) > 1 and step.evictions()
@@ -450,7 +521,7 @@ def faults_stop_and_the_world_settles(world: World) -> None:
 
 
 def _moving(world: World) -> bool:
-    done = (InstanceState.READY,)
+    done = (InstanceState.READY, InstanceState.SLEEPING)
     if any(card.ghosts for card in world.machine.cards.values()):
         return True  # of processes that an earlier daemon knew
     return any(process.state not in done or process.hung_at is not None for process in world.processes.values()) or any(

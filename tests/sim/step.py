@@ -16,9 +16,12 @@ from offloadd.state.actions import (
     ForgetInstance,
     GrantLoan,
     Plan,
+    RestInstance,
+    SleepInstance,
     StartInstance,
     StopInstance,
     StopReason,
+    WakeInstance,
 )
 from offloadd.state.demand import Demand, Loan
 from offloadd.state.desired import DesiredState, ModelSpec
@@ -27,6 +30,10 @@ from offloadd.state.launch import Candidate, Placement, VramEstimate
 from offloadd.state.observed import LEAVING, ExitRecord, InstanceView, ObservedState
 from offloadd.units import Bytes, Instant
 from tests.sim.world import World
+
+InstanceAction = (
+    StartInstance | AdoptInstance | SleepInstance | RestInstance | WakeInstance | StopInstance | DrainInstance | ForgetInstance
+)
 
 
 class Broken(AssertionError):
@@ -60,13 +67,37 @@ class Step:
     def grants(self) -> list[GrantLoan]:
         return [action for action in self.plan.actions if isinstance(action, GrantLoan)]
 
-    def on_instances(self) -> list[StartInstance | AdoptInstance | StopInstance | DrainInstance | ForgetInstance]:
+    def sleeps(self) -> list[SleepInstance]:
+        return [action for action in self.plan.actions if isinstance(action, SleepInstance)]
+
+    def rests(self) -> list[RestInstance]:
+        return [action for action in self.plan.actions if isinstance(action, RestInstance)]
+
+    def wakes(self) -> list[WakeInstance]:
+        return [action for action in self.plan.actions if isinstance(action, WakeInstance)]
+
+    def taken_to_wake(self, action: WakeInstance) -> dict[DeviceId, Bytes]:
+        """What it is promised more from now on."""
+        return self.missing_awake(self.observed.instances[action.instance])
+
+    def missing_awake(self, view: InstanceView) -> dict[DeviceId, Bytes]:
+        """What one that sleeps is promised less than it needs awake."""
+        assert view.awake is not None
+        now = view.placement.reserved
+        return {each: Bytes(size - now.get(each, 0)) for each, size in view.awake.reserved.items() if size > now.get(each, 0)}
+
+    def promises(self) -> list[tuple[ModelName, Mapping[DeviceId, Bytes]]]:
+        """What this plan promises to instances."""
+        found = [(action.instance.model, action.placement.reserved) for action in self.starts()]
+        return [*found, *((action.instance.model, self.taken_to_wake(action)) for action in self.wakes())]
+
+    def on_instances(self) -> list[InstanceAction]:
         return [action for action in self.plan.actions if not isinstance(action, GrantLoan)]
 
-    def evictions(self) -> list[StopInstance | DrainInstance]:
-        return [action for action in self.ends() if is_eviction(action)]
+    def evictions(self) -> list[StopInstance | DrainInstance | SleepInstance]:
+        return [action for action in [*self.ends(), *self.sleeps()] if is_eviction(action)]
 
-    def view(self, action: StopInstance | DrainInstance | ForgetInstance) -> InstanceView:
+    def view(self, action: InstanceAction) -> InstanceView:
         return self.observed.instances[action.instance]
 
     def leases(self, key: InstanceId) -> int:
@@ -100,7 +131,7 @@ class Step:
 
     def new_on(self, device: DeviceId) -> int:
         """Bytes that this plan promises there."""
-        promises = [action.placement.reserved for action in self.starts()] + [action.reserved for action in self.grants()]
+        promises = [reserved for _, reserved in self.promises()] + [action.reserved for action in self.grants()]
         return sum(self.on_pool(reserved, device) for reserved in promises)
 
     def held_on(self, device: DeviceId) -> int:
@@ -144,7 +175,7 @@ class Step:
 def is_eviction(action: Action) -> bool:
     if isinstance(action, StopInstance):
         return action.reason is StopReason.EVICTED
-    return isinstance(action, DrainInstance) and action.why.startswith("to make room for")
+    return isinstance(action, DrainInstance | SleepInstance) and action.why.startswith("to make room for")
 
 
 def take_step(world: World) -> Step:

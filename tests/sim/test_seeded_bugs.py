@@ -26,7 +26,7 @@ from tests.sim.world import Impossible
 
 def leaving_memory_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     real = accounting._add
-    monkeypatch.setattr(accounting, "_add", lambda *books, leaving=False, **rest: None if leaving else real(*books, **rest))
+    monkeypatch.setattr(accounting, "_add", lambda *books, returning=None, **rest: None if returning else real(*books, **rest))
 
 
 def free_memory_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,12 @@ from offloadd.state.actions import (
     GrantLoan,
     ModelState,
     Plan,
+    RestInstance,
+    SleepInstance,
     StartInstance,
     StopInstance,
     StopReason,
+    WakeInstance,
 )
 from offloadd.state.demand import Demand, Loan, Waiting, Wish
 from offloadd.state.desired import DesiredState, ModelSpec, QueueLimits, RunMode
@@ -38,11 +41,16 @@ ALPHA, BETA = BackendName("alpha"), BackendName("beta")
 BETA_SHARE = 0.5
 """The second engine needs this part of the memory that the first one needs."""
 AT_FAULT = {StopReason.HUNG: ExitKind.HUNG, StopReason.START_TIMEOUT: ExitKind.START_TIMEOUT}
+KINDS = {**AT_FAULT, StopReason.SLEEPLESS: ExitKind.SLEEPLESS}
+SLEEP_TAKES, WAKE_TAKES = 0.8, 1.5
 EXITS_KEPT = 200
 STOPPABLE = (
     InstanceState.STARTING,
     InstanceState.LOADING,
     InstanceState.READY,
+    InstanceState.FALLING_ASLEEP,
+    InstanceState.SLEEPING,
+    InstanceState.WAKING,
     InstanceState.DRAINING,
     InstanceState.ORPHANED,
 )
@@ -56,6 +64,17 @@ class Fate(StrEnum):
     CRASHES_LOADING = "crashes while loading"
     NEVER_READY = "never ready"
     PORT_TAKEN = "port taken"
+
+
+class Nap(StrEnum):
+    """What becomes of one that is put to sleep."""
+
+    WELL = "sleeps and wakes"
+    KEEPS = "says that it sleeps, and keeps its memory"
+    REFUSES = "cannot be put to sleep"
+    SILENT = "never says that it sleeps"
+    LOST = "sleeps, and cannot be woken"
+    LATE = "sleeps, and never wakes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +92,7 @@ class Script:
     """Part of its promise that it really allocates."""
     needs: float = 0.0
     """Multiple of the prediction below which it runs out of memory while it loads."""
+    nap: Nap = Nap.WELL
     leaves: float = 0.0
     """A worker that it forked holds the memory for so long after its end."""
 
@@ -115,6 +135,13 @@ class Process:
     idle_since: float = 0.0
     """When its last request ended."""
     adopted_at: float | None = None
+    awake: Placement | None = None
+    """Its whole promise, while it is promised less."""
+    dozes: bool = False
+    """Whether it is really asleep."""
+    slept_at: float | None = None
+    free_before: Mapping[DeviceId, Bytes] = field(default_factory=dict)
+    fault: str = ""
 
     @property
     def gone(self) -> bool:
@@ -144,18 +171,23 @@ class Shape:
     host: float = 0.0
     output: float = 1.0
     """Size of the last layer, the others being 1."""
+    asleep: float | None = None
+    """What it is thought to hold of each GPU asleep, in GiB; it really holds three quarters of that."""
 
     def divide(self, total: int) -> VramEstimate:
         """The estimate whose parts sum to `total`."""
         host = Bytes(int(self.host * GIB))
+        asleep = None if self.asleep is None else Bytes(int(self.asleep * GIB))
         if not self.layers:
-            return VramEstimate(total=Bytes(total), basis="drawn", host=host)
+            return VramEstimate(total=Bytes(total), basis="drawn", host=host, asleep=asleep)
         fixed = min(int(self.fixed * GIB), total // 2)
         each = int((total - fixed) / (self.layers - 1 + self.output))
         last = total - fixed - each * (self.layers - 1)
         sizes = (*(Bytes(each),) * (self.layers - 1), Bytes(last))
         on_host = Bytes(total - fixed + fixed // 2)
-        return VramEstimate(total=Bytes(total), basis="drawn", layers=sizes, fixed=Bytes(fixed), host=host, on_host=on_host)
+        return VramEstimate(
+            total=Bytes(total), basis="drawn", layers=sizes, fixed=Bytes(fixed), host=host, on_host=on_host, asleep=asleep
+        )
 
 
 class Impossible(AssertionError):
@@ -288,6 +320,10 @@ class World:
             backend=process.candidate.backend,
             fingerprint=process.candidate.fingerprint,
             placement=process.placement,
+            awake=process.awake,
+            slept_at=None if process.slept_at is None else Instant(process.slept_at),
+            free_before=process.free_before,
+            fault=process.fault,
             state=process.state,
             since=Instant(process.since),
             started_at=Instant(process.started_at),
@@ -336,6 +372,12 @@ class World:
                     self._start(action)
                 case AdoptInstance():
                     self._adopt(action)
+                case SleepInstance():
+                    self._sleep(action)
+                case RestInstance():
+                    self._rest(action)
+                case WakeInstance():
+                    self._wake(action)
                 case DrainInstance():
                     self._drain(action)
                 case StopInstance():
@@ -384,10 +426,60 @@ class World:
             self._later(0.1, lambda: self._answers(process))
 
     def _answers(self, process: Process) -> None:
-        """It was ready under an earlier daemon, and shows this one that it is."""
-        if process.state is InstanceState.LOADING and process.hung_at is None:
+        """It was ready under an earlier daemon, and shows this one that it is, or that it sleeps."""
+        if process.dozes and process.state is InstanceState.LOADING and process.hung_at is None:
+            process.last_sign = self.now
+            process.slept_at = self.now
+            self._enter(process, InstanceState.FALLING_ASLEEP if process.awake is None else InstanceState.SLEEPING)
+        elif process.state is InstanceState.LOADING and process.hung_at is None:
             self._enter(process, InstanceState.READY)
             process.last_sign = self.now
+
+    def _sleep(self, action: SleepInstance) -> None:
+        process = self._live(action.instance, (InstanceState.READY,))
+        if process.held:
+            raise Impossible(f"{process.id} is put to sleep with requests")
+        process.slept_at, process.free_before = None, action.free
+        self._enter(process, InstanceState.FALLING_ASLEEP)
+        self._later(SLEEP_TAKES, lambda: self._fell_asleep(process))
+
+    def _fell_asleep(self, process: Process) -> None:
+        if process.state not in (InstanceState.FALLING_ASLEEP, InstanceState.ORPHANED, InstanceState.STOPPING) or process.hung_at:
+            return
+        nap = process.script.nap
+        if nap is Nap.REFUSES:
+            process.fault = "it cannot be put to sleep: status 500"
+        elif nap is not Nap.SILENT:
+            process.dozes, process.slept_at = True, self.now
+            if nap is not Nap.KEEPS:
+                freed = self.machine.shrink(process.id, {gpu: size * 3 // 4 for gpu, size in process.placement.asleep.items()})
+                self._later(self.lag, lambda: self.machine.came_back(freed))
+
+    def _rest(self, action: RestInstance) -> None:
+        process = self._live(action.instance, (InstanceState.FALLING_ASLEEP,))
+        process.awake = process.placement
+        process.placement = replace(process.placement, reserved={**process.placement.reserved, **action.keeps})
+        self._enter(process, InstanceState.SLEEPING)
+        process.last_sign = self.now
+
+    def _wake(self, action: WakeInstance) -> None:
+        process = self._live(action.instance, (InstanceState.SLEEPING,))
+        assert process.awake is not None
+        process.placement, process.awake = process.awake, None
+        self._enter(process, InstanceState.WAKING)
+        self._later(WAKE_TAKES, lambda: self._woke(process))
+
+    def _woke(self, process: Process) -> None:
+        if process.state not in (InstanceState.WAKING, InstanceState.ORPHANED) or process.hung_at is not None:
+            return
+        if process.script.nap is Nap.LOST:
+            process.fault = "it does not wake: status 500"
+        elif process.script.nap is not Nap.LATE:
+            process.dozes, process.slept_at = False, None
+            self._take(process, 1.0)
+            if process.state is InstanceState.WAKING:
+                self._enter(process, InstanceState.READY)
+                process.last_sign = self.now
 
     def _drain(self, action: DrainInstance) -> None:
         process = self._live(action.instance, (InstanceState.STARTING, InstanceState.LOADING, InstanceState.READY))
@@ -457,7 +549,7 @@ class World:
     def _stopped(self, process: Process) -> None:
         if process.gone or process.told is None:
             return
-        kind = AT_FAULT.get(process.told, ExitKind.STOPPED)
+        kind = KINDS.get(process.told, ExitKind.STOPPED)
         self.exit(process, ExitCause(kind=kind, message=f"stopped: {process.told}"), ExitStatus(code=0))
 
     def _take(self, process: Process, share: float) -> None:
@@ -528,7 +620,8 @@ class World:
                 self._enter(process, InstanceState.EXITED)
                 self._let_go(process.id)
             elif process.state is not InstanceState.STOPPING:
-                process.adopted_at = process.deadline = process.last_sign = None
+                process.adopted_at = process.deadline = process.last_sign = process.slept_at = None
+                process.fault = ""
                 self._enter(process, InstanceState.ORPHANED)
         if forgets:
             self.exits.clear()

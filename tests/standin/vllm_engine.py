@@ -88,6 +88,9 @@ def _worker(options: Options, knobs: Knobs, ready: int, orders: int) -> None:
         order = os.read(orders, 64)
         if not order:
             sources = []
+        elif order.startswith(b"die"):
+            _say("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.17 GiB.", "EngineCore")
+            leave(1)
         elif options.sleeps and not kept:
             hold_on_gpus(_ASLEEP if order.startswith(b"sleep") else _held(options, knobs), [])
     leave(1)

@@ -51,6 +51,10 @@ class Server:
         self._asked = self._made = 0
         self._finished: dict[str, int] = {}
         self._asleep = 0
+        self._parts: set[str] = set()
+        """What of its memory sleeps."""
+        self._blank = False
+        """Whether its weights are gone: it then makes tokens that mean nothing."""
         self._ending = ""
         self._dead = False
 
@@ -104,7 +108,7 @@ class Server:
         gets = {"/health": self._health, "/ping": self._health, "/version": self._version, "/load": self._load}
         gets |= {"/metrics": self._metrics, "/v1/models": self._models}
         if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
-            posts |= {"/sleep": self._sleep, "/wake_up": self._wake_up}
+            posts |= {"/sleep": self._sleep, "/wake_up": self._wake_up, "/collective_rpc": self._rpc}
             gets["/is_sleeping"] = self._is_sleeping
         app.add_routes([web.post(path, handler) for path, handler in posts.items()])
         app.add_routes([web.get(path, handler, allow_head=False) for path, handler in gets.items()])
@@ -195,16 +199,39 @@ class Server:
         if level not in ("0", "1", "2"):
             said = "Input should be less than or equal to 2"
             raise bodies.invalid("less_than_equal", "query.level", said, level, ", 'ctx': {'le': 2}")
+        if how := os.environ.get("STANDIN_SLEEP"):
+            return await _spoilt(how)
+        while request.query.get("mode") == "wait" and self._running + self._waiting:
+            await asyncio.sleep(_POLL_S)
         self._asleep = int(level)
+        self._parts = {"weights", "kv_cache"} if self._asleep else set()
+        self._blank = self._options.sleeps and self._asleep == 2
         self._marks.write(f"sleep {level}")
         self._engine.order("sleep")
         return _json({"status": "sleeping", "level": int(level)})
 
-    async def _wake_up(self, _request: web.Request) -> web.StreamResponse:
-        self._asleep = 0
-        self._marks.write("wake")
-        self._engine.order("wake")
-        return _json({"status": "awake", "tags": None})
+    async def _wake_up(self, request: web.Request) -> web.StreamResponse:
+        """All of it, or a part of it by name: it generates again when no part is missing."""
+        tags = request.query.getall("tags", [])
+        self._marks.write(" ".join(["wake", *tags]))
+        how = os.environ.get("STANDIN_WAKE")
+        if how in ("fails", "hangs"):
+            return await _spoilt(how)
+        await asyncio.sleep(float(os.environ.get("STANDIN_WAKE_S", "0")))
+        self._parts -= set(tags or self._parts)
+        if not self._parts:
+            self._engine.order("die" if how == "dies" else "wake")
+            self._asleep = 0
+        return _json({"status": "awake", "tags": tags or None})
+
+    async def _rpc(self, request: web.Request) -> web.StreamResponse:
+        """Only what brings back the weights that level 2 has dropped; they need their memory for it."""
+        method = (await self._body(request)).get("method")
+        if method != "reload_weights" or "weights" in self._parts:
+            return await _spoilt("fails")
+        self._blank = False
+        self._marks.write("reload")
+        return _json({"results": [None]})
 
     async def _is_sleeping(self, _request: web.Request) -> web.StreamResponse:
         return _json({"is_sleeping": bool(self._asleep)})
@@ -272,7 +299,7 @@ class Server:
             while job.finish is None:
                 await self._step(job)
                 if job.finish is None:
-                    word = _WORDS[job.made % len(_WORDS)]
+                    word = "!" if self._blank else _WORDS[job.made % len(_WORDS)]
                     job.add(word if not job.made else f" {word}")
                     self._made += 1
                     yield job.tokens[-1]
@@ -313,6 +340,12 @@ class Server:
 
     async def _body(self, request: web.Request) -> dict[str, Any]:
         return bodies.read_json(await request.read(), request.headers.get(hdrs.CONTENT_TYPE, ""))
+
+
+async def _spoilt(how: str) -> web.StreamResponse:
+    while how == "hangs":
+        await asyncio.sleep(60)
+    return _json(bodies.engine_died(), 500)
 
 
 async def _headers(_request: web.Request, response: web.StreamResponse) -> None:

@@ -24,8 +24,11 @@ Knobs are environment variables:
     STANDIN_GPU_MIB=10240        hold so much on the cards of CUDA_VISIBLE_DEVICES, growing while it loads
     STANDIN_GPU_WEIGHTS_MIB=600  hold what vLLM's rule says: its share of each card, or weights and the cache that was asked for
     STANDIN_SLEEP_KEEPS=1        asleep, give no memory back though it says so
+    STANDIN_SLEEP=fails          `fails` with 500, or `hangs` for ever
+    STANDIN_WAKE=fails           the same; `dies`: the engine runs out of memory
+    STANDIN_WAKE_S=1.5           take so long to wake
     STANDIN_MARK_FILE=/some/file append a line per event, each beginning with the pid: `start`, `engine`, `worker`, `ready`, `term`,
-                                 `request METHOD PATH`, `completed TOKENS`, `cancelled TOKENS`, `sleep LEVEL`, `wake`
+                                 `request METHOD PATH`, `completed TOKENS`, `cancelled TOKENS`, `sleep LEVEL`, `wake TAGS`, `reload`
 """
 
 from __future__ import annotations

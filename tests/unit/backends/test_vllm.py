@@ -11,7 +11,7 @@ from offloadd.backends.hub_memory import DEVICE_CONTEXT, GIB, hub_memory
 from offloadd.backends.vllm import BACKEND, VllmOptions
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.ids import LOCAL, BackendName, DeviceId, ModelName
-from offloadd.state.launch import Endpoint, ExitKind, ExitStatus, Health, ModelFacts, Placement, ProbeReply
+from offloadd.state.launch import Endpoint, ExitKind, ExitStatus, Health, ModelFacts, Placement, ProbeReply, VramEstimate
 from offloadd.state.shape import LayerCache, LayerShape, ModelShape
 from offloadd.units import Bytes
 
@@ -261,3 +261,66 @@ def test_an_end_with_0_that_nobody_asked_for_is_the_engine_s_death() -> None:
     cause = BACKEND.explain_exit(ExitStatus(code=0), ["INFO: Shutting down"], was_ready=True)
     assert cause.kind is ExitKind.CRASHED
     assert "engine process died" in cause.message
+
+
+def test_it_can_sleep_only_where_it_is_told_to_and_on_gpus() -> None:
+    def launched(placement: Placement, options: VllmOptions | None = None) -> tuple[bool, str]:
+        made = BACKEND.launch(ENGINE, spec(options), FACTS, placement, NO_ENDPOINT)
+        return "--enable-sleep-mode" in made.argv, made.env.get("VLLM_SERVER_DEV_MODE", "")
+
+    assert launched(on(10 * GIB)) == (False, "")
+    assert launched(on(10 * GIB), VllmOptions(sleep=1)) == (True, "1")
+    assert launched(NOWHERE, VllmOptions(sleep=1)) == (False, "")  # its CPU build refuses the flag
+    assert BACKEND.naps(spec()) is None
+    assert BACKEND.api(spec()).closed == frozenset()
+    assert "collective_rpc" in BACKEND.api(spec(VllmOptions(sleep=2))).closed
+
+
+def test_how_deep_it_sleeps_is_a_part_of_its_launch() -> None:
+    prints = [fingerprint(BACKEND, ENGINE, spec(VllmOptions(sleep=level)), FACTS) for level in (0, 1, 2)]
+    assert len(set(prints)) == 3
+    assert prints[0] == fingerprint(BACKEND, ENGINE, spec(), FACTS)
+
+
+def needed(options: VllmOptions, facts: ModelFacts = FACTS, **fields: object) -> VramEstimate:
+    found = BACKEND.estimate(spec(options, **fields), facts)
+    assert found is not None
+    return found
+
+
+def test_light_sleep_keeps_ram_for_its_weights_from_the_start() -> None:
+    awake, light, deep = (needed(VllmOptions(sleep=level)) for level in (0, 1, 2))
+    assert (awake.asleep, light.asleep, deep.asleep) == (None, 2 * GIB, 2 * GIB)
+    assert light.host == awake.host + SHAPE.weights
+    assert (deep.host, deep.total) == (awake.host, awake.total)
+    eager = needed(VllmOptions(sleep=2, eager=True))
+    told = needed(VllmOptions(sleep=2, asleep=Bytes(GIB // 2)), vram=Bytes(8 * GIB))
+    unknown = needed(VllmOptions(sleep=1), replace(FACTS, shape=None), vram=Bytes(8 * GIB))
+    assert (eager.asleep, told.asleep) == (GIB, GIB // 2)
+    assert unknown.host == 10 * GIB
+
+
+def test_deep_sleep_has_its_weights_read_again() -> None:
+    light, deep = BACKEND.naps(spec(VllmOptions(sleep=1))), BACKEND.naps(spec(VllmOptions(sleep=2)))
+    assert light
+    assert deep
+    assert [probe.path for probe in (*light.sleep, *light.wake)] == ["/sleep?level=1&mode=wait", "/wake_up"]
+    assert [probe.path for probe in deep.wake] == ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache"]
+    assert deep.wake[1].body == b'{"method": "reload_weights"}'
+    assert all(probe.body for probe in (*light.sleep, *light.wake, *deep.wake))  # a probe without one is a GET
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "asleep"),
+    [
+        (200, b'{"is_sleeping":true}', True),
+        (200, b'{"is_sleeping":false}', False),
+        (404, b'{"detail":"Not Found"}', None),
+        (200, b'{"is_sleeping":"yes"}', None),
+        (200, b"[]", None),
+        (200, b"{", None),
+        (None, b"", None),
+    ],
+)
+def test_whether_it_sleeps_is_read_off_its_answer(status: int | None, body: bytes, asleep: bool | None) -> None:
+    assert BACKEND.read_nap(ProbeReply(status=status, body=body)) is asleep

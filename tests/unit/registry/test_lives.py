@@ -30,7 +30,7 @@ LIFE = Life(
     fingerprint="f00d",
     footprint_key="key",
     identity="file-1",
-    placement=Placement(reserved={GPU: Bytes(5), HOST_RAM: Bytes(7)}, gpus=(GPU,), split=(3,)),
+    placement=Placement(reserved={GPU: Bytes(5), HOST_RAM: Bytes(7)}, gpus=(GPU,), split=(3,), asleep={GPU: Bytes(2)}),
     endpoint=Endpoint(host="127.0.0.1", port=4321, key="k"),
     boot="boot",
     started_at=Instant(12.5),
@@ -56,6 +56,7 @@ def test_every_step_of_a_life_comes_back(path: Path) -> None:
         LIFE,
         replace(LIFE, process=ProcessId(pid=99, started=123456)),
         replace(LIFE, process=ProcessId(pid=99, started=123456), ready_at=Instant(14.0)),
+        replace(LIFE, process=ProcessId(pid=99, started=123456), ready_at=Instant(14.0), asleep={GPU: Bytes(1)}),
         replace(LIFE, process=ProcessId(pid=99, started=123456), ready_at=Instant(14.0), stopping="idle"),
     ]
     for life in steps:
