@@ -41,6 +41,8 @@ class Meters:
         count, spread = self._count, self._spread
         self._requests = count("requests", "Inference requests, by how they ended", "model", "path", "fate", "code")
         self._errors = count("proxy_errors", "Inference requests not answered, by where they ended", "hop", "code")
+        text = "Requests that a second instance was asked too (queue.hedge_after), by whether it won"
+        self._hedges = count("hedges", text, "model", "outcome")
         self._tokens = count("tokens", "Tokens of answered requests", "model", "backend", "kind")
         self._waits = spread("request_wait", "Time in the queue until an instance was granted", _WAITS, "model")
         self._lasts = spread("request_duration", "Time from a request's arrival to its last byte", _LASTS, "model")
@@ -91,6 +93,8 @@ class Meters:
         self._requests.labels(model, served.path, served.fate.value, served.status).inc()
         if hop := _HOPS.get(served.fate):
             self._errors.labels(hop, served.status).inc()
+        if served.hedged:
+            self._hedges.labels(model, served.hedged).inc()
         self._lasts.labels(model).observe(served.duration)
         if served.waited is not None:
             self._waits.labels(model).observe(served.waited)

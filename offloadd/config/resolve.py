@@ -201,7 +201,9 @@ def _settings(scope: _Scope, section: ModelSettings) -> ModelSpec:
         partial=section.partial,
         devices=section.devices,
         vram=section.vram,
-        queue=QueueLimits(max_waiting=section.queue.max_waiting, max_wait=section.queue.max_wait),
+        queue=QueueLimits(
+            max_waiting=section.queue.max_waiting, max_wait=section.queue.max_wait, hedge_after=section.queue.hedge_after
+        ),
         start_timeout=section.start_timeout,
         stop_timeout=section.stop_timeout,
         drain_timeout=section.drain_timeout,

@@ -233,6 +233,9 @@ class Queue(Section):
     """How many may wait at once; more are refused with 429."""
     max_wait: fields.Time = _QUEUE.max_wait
     """How long one may wait before it is answered with 504."""
+    hedge_after: fields.PositiveTime | None = None
+    """When a request's instance has not begun to answer after this time, another one of the same engine is asked too, if it has a
+    free slot (see `replicas`): the first to begin is the answer, and the other is left. Costs work that is done twice."""
 
 
 class Restart(Section):

@@ -30,6 +30,7 @@ class Account:
         "broken",
         "dialect",
         "granted",
+        "hedged",
         "lease",
         "model",
         "moved",
@@ -56,6 +57,8 @@ class Account:
         """Whether the answer broke off."""
         self.moved = False
         """Whether it has gone to another instance already: it does so once."""
+        self.hedged = ""
+        """`won` or `lost`, where a second instance was asked too: by whether the answer is that one's."""
         self.turned_away = False
         """Whether it was refused within an answer that had begun while it waited."""
         self.streamed = False
@@ -139,6 +142,7 @@ class Accounts:
             cached_tokens=tokens.cached,
             completion_tokens=completion,
             tokens_per_second=speed,
+            hedged=account.hedged,
             reason=account.reason or (lease.why if lease else ""),
         )
 

@@ -58,6 +58,8 @@ class Lease:
     """Whether another request was ever on the instance at the same time."""
     lingers: bool = False
     """Whether the engine works on for a client that has left, so that the lease outlives its handler."""
+    hedge_after: Seconds | None = None
+    """After so long without a byte another instance is asked too, where the config wants that."""
     over: asyncio.Future[None] | None = None
     """Where the instance works on for a client that has left: done when it has stopped. Until then the lease counts."""
 
@@ -314,7 +316,9 @@ class LeaseBook:
             case Granted():
                 host = next(h for h in hosts if h.instance == answer.instance)
                 self.memory.put(conversation, host.instance)
-                return self._record(host, answer.why, since=since)
+                lease = self._record(host, answer.why, since=since)
+                lease.hedge_after = spec.queue.hedge_after
+                return lease
             case Queued():
                 return None
             case Refused():
@@ -326,18 +330,44 @@ class LeaseBook:
 
     def move(self, lease: Lease, why: str) -> bool:
         """Give a lease another instance of the same engine, if one has a free slot now; it is then of the old one no more."""
-        old = lease.host
-        others = [host for host in self._hosts(old.instance.model) if host.instance != old.instance and host.backend == old.backend]
-        seat = pick([self._seat(host) for host in others], now=self._clock.now())
-        if seat is None or lease.beside or self._closed:
+        old, other = lease.host, self._other(lease)
+        if other is None:
             return False
         self._drop(lease)
-        lease.host = next(host for host in others if host.instance == seat.instance)
-        lease.why = f"{seat.instance} took over from {old.instance}: {why}"
+        lease.host = other
+        lease.why = f"{other.instance} took over from {old.instance}: {why}"
         lease.revoked = asyncio.get_running_loop().create_future()
         lease.crowded = False
         self._hold(lease)
         return True
+
+    def hedge(self, lease: Lease) -> Lease | None:
+        """A second lease for the same request, on another instance of the same engine; None when that would take from others."""
+        other = self._other(lease)
+        if other is None or any(line.waiters for line in self._lines_of(lease.host.instance.model)):
+            return None
+        return self._record(other, lease.why, since=self._clock.now())
+
+    def swap(self, lease: Lease, other: Lease, why: str) -> None:
+        """Change the instances of two leases that are both held: what was the one's is the other's now, its end included."""
+        for each in (lease, other):
+            self._leases[each.host.instance].discard(each)
+        for name in ("host", "revoked", "died", "crowded"):
+            mine, its = getattr(lease, name), getattr(other, name)
+            setattr(lease, name, its)
+            setattr(other, name, mine)
+        for each in (lease, other):
+            self._leases[each.host.instance].add(each)
+        lease.why = why
+
+    def _other(self, lease: Lease) -> Host | None:
+        """Another instance of the same engine with a free slot."""
+        old = lease.host
+        others = [host for host in self._hosts(old.instance.model) if host.instance != old.instance and host.backend == old.backend]
+        seat = pick([self._seat(host) for host in others], now=self._clock.now())
+        if seat is None or lease.beside or self._closed:
+            return None
+        return next(host for host in others if host.instance == seat.instance)
 
     def _record(self, host: Host, why: str, *, since: Instant, beside: bool = False) -> Lease:
         waited = Seconds(self._clock.now() - since)

@@ -16,6 +16,7 @@ from offloadd.proxy.dialects.refusals import engine_error, event_error
 from offloadd.proxy.dialects.wires import Exchanged
 from offloadd.proxy.downstream import Stream
 from offloadd.proxy.headers import Fields
+from offloadd.proxy.hedging import Hedge
 from offloadd.proxy.leases import Lease, LeaseBook
 from offloadd.proxy.upstream import Connection, Head, Pool
 from offloadd.state.launch import Endpoint
@@ -108,12 +109,20 @@ class Exchange:
         self._begun = False
         self._exchanged: Exchanged | None = None
         """Turns an engine's own JSON into OpenAI's, where it has one."""
+        self._watched: asyncio.Future[str] | None = None
+        self._hedge: Hedge | None = None
 
     async def run(self) -> None:
         """Return when the answer is whole; RequestError says what went wrong. Whoever is cancelled here ends the backend's work.
 
         What fails before a byte of the answer is here may go to another instance, once.
         """
+        try:
+            await self._run()
+        finally:
+            self._end_hedge()
+
+    async def _run(self) -> None:
         while True:
             try:
                 await self._once()
@@ -124,13 +133,20 @@ class Exchange:
                     self._book.suspects.died(self._lease.host.instance.model, self._call.body)
                 if isinstance(error, BackendLostError):
                     error.suspect = self._lease.died and self._sent and not self._lease.crowded
-                if not self._may_move(error) or not self._book.move(self._lease, error.message):
+                if not self._may_move(error) or not self._move(error.message):
                     raise
                 self._call.account.moved = True
                 self._reset()
             else:
                 self._book.memory.well(self._lease.host.instance)
                 return
+
+    def _move(self, why: str) -> bool:
+        """To the instance that was asked too, if there is one, else to one that was not."""
+        if self._hedge is not None and self._hedge.take_over(why):
+            return True
+        self._end_hedge()
+        return self._book.move(self._lease, why)
 
     def _may_move(self, error: RequestError) -> bool:
         """Whether another instance may be asked. What was alone on one that died is the likeliest to have killed it."""
@@ -139,8 +155,7 @@ class Exchange:
         return not self._sent or self._lease.crowded or error.code == "backend_busy"
 
     async def _once(self) -> None:
-        revoked = self._lease.revoked
-        revoked.add_done_callback(self._revoked)
+        self._watch(self._lease.revoked)
         try:
             await self._attempt()
         except asyncio.CancelledError:
@@ -152,7 +167,7 @@ class Exchange:
             message = f"{self._lease.host.instance} sent what cannot be understood: {error}"
             raise RequestError(502, "bad_answer", message) from None
         finally:
-            revoked.remove_done_callback(self._revoked)
+            self._watch(None)
             self._let_go()
 
     def _reset(self) -> None:
@@ -163,6 +178,11 @@ class Exchange:
         self.sign = self._lease.host.sign
 
     async def _attempt(self) -> None:
+        if self._hedge is not None and self._hedge.ahead:
+            self._sent = True
+            self._hedge.resume()
+            await self._done
+            return
         endpoint = self._lease.host.endpoint
         self._exchanged = _exchanged(self._lease, self._call)
         kept = self._pool.idle(endpoint)
@@ -172,6 +192,7 @@ class Exchange:
             except upstream.StaleError:
                 if self._call.upload is not None:
                     raise
+                self._end_hedge()
                 self._done = asyncio.get_running_loop().create_future()
             else:
                 return
@@ -186,6 +207,7 @@ class Exchange:
         head = call.head(self._lease.host.endpoint)
         connection.send(self, head, call.body, bodiless=call.method == "HEAD")
         if call.upload is None:
+            self._begin_hedge(call)
             await self._done
             return
         upload = asyncio.create_task(self._upload(connection, call.upload))
@@ -208,6 +230,33 @@ class Exchange:
         except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
             self._fail(error)
 
+    def _begin_hedge(self, call: Call) -> None:
+        """`call` is in the words of the engine, which is the other's too."""
+        after = self._lease.hedge_after
+        if after is None or call.by_path or call.body is None or call.account.moved or call.account.hedged:
+            return
+
+        def message(endpoint: Endpoint) -> tuple[bytes, bytes | None]:
+            return call.head(endpoint), call.body
+
+        self._hedge = Hedge(self._pool, self._book, self._lease, call.account, self, message, after)
+
+    def _end_hedge(self) -> None:
+        hedge, self._hedge = self._hedge, None
+        if hedge is not None:
+            hedge.close()
+
+    def _watch(self, revoked: asyncio.Future[str] | None) -> None:
+        """Be told when this is done, and nothing else."""
+        if self._watched is not None:
+            self._watched.remove_done_callback(self._revoked)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._watched = revoked
+        if revoked is not None:
+            revoked.add_done_callback(self._revoked)
+
     def _revoked(self, _: asyncio.Future[str]) -> None:
         self._timer = asyncio.get_running_loop().call_later(LAST_BYTES, self._give_up)
 
@@ -220,8 +269,6 @@ class Exchange:
             self._lease.over, self._connection = self._connection.leave(), None
 
     def _let_go(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.abort()
@@ -232,6 +279,11 @@ class Exchange:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.abort()
+        self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        if self._hedge is not None:
+            self._hedge.wait()
         if not self._done.done():
             self._done.set_exception(error)
 
@@ -247,6 +299,8 @@ class Exchange:
             if head.status == 101 and not self._call.upgrade:
                 raise headers.BrokenAnswerError("it changes the protocol, which nobody asked for")
             self._begun = True
+            if self._hedge is not None:
+                self._hedge.settle()
             self._begin(head if self._exchanged is None else _announcing(head, self._exchanged))
         except Exception as error:  # noqa: BLE001  (for whoever waits in `run`)
             self._fail(error)
@@ -307,8 +361,15 @@ class Exchange:
     def lost(self, error: Exception) -> None:
         """It will not be."""
         self._connection = None
-        if not self._done.done():
-            self._done.set_exception(error)
+        self._break(error)
+
+    def follow(self, connection: Connection) -> asyncio.Future[None] | None:
+        """The answer comes on this connection from now on, and from the instance that the lease has now."""
+        first, self._connection = self._connection, connection
+        self._refusal, self._parts, self._size = None, [], 0
+        self.sign = self._lease.host.sign
+        self._watch(self._lease.revoked)
+        return first.leave() if first is not None else None
 
     def hold(self) -> None:
         """An upload waits by itself."""

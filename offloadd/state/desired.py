@@ -66,6 +66,7 @@ class QueueLimits:
 
     max_waiting: int = 64
     max_wait: Seconds = Seconds(120)
+    hedge_after: Seconds | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

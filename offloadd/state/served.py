@@ -53,5 +53,7 @@ class Served:
     completion_tokens: int | None = None
     tokens_per_second: float | None = None
     """Of generation, as the engine says or as chunks tell."""
+    hedged: str = ""
+    """`won` or `lost`, where a second instance was asked too: by whether the answer is that one's."""
     reason: str = ""
     """Why it was sent there, or why it was refused."""

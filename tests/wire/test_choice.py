@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 from offloadd.state.desired import Replicas
 from offloadd.state.ids import LOCAL, InstanceId
@@ -29,9 +30,9 @@ async def busy(peer: Peer) -> None:
 
 
 @contextlib.asynccontextmanager
-async def pair(first: Script, second: Script, slots: int = 8) -> AsyncIterator[tuple[Rig, Engine]]:
+async def pair(first: Script, second: Script, slots: int = 8, **spec_changes: Any) -> AsyncIterator[tuple[Rig, Engine]]:
     """Two instances, a-1 and a-2."""
-    async with rigged(first, slots=slots, replicas=Replicas(min=2, max=2)) as rig:
+    async with rigged(first, slots=slots, replicas=Replicas(min=2, max=2), **spec_changes) as rig:
         other = Engine(second)
         server = await asyncio.start_server(other.serve, HOST, 0)
         other.port = server.sockets[0].getsockname()[1]
