@@ -65,6 +65,8 @@ class Scanner:
     def scan(self, stores: Sequence[Store]) -> Scan:
         """Look at all of them."""
         look = self._tree.look(stores)
+        if look.is_same and not self._restless:
+            return self._last
         self._headers.due.clear()
         drafts, anything = self._all_drafts(stores, look)
         if not anything and not self._is_first and look.problems == self._last.problems:

@@ -9,9 +9,10 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from offloadd.registry.discovery.glance import Glance
 from offloadd.registry.discovery.stores import HUB, OLLAMA, Store
 
 MAX_FILES = 100_000
@@ -54,8 +55,8 @@ class Folder:
     names: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
-    stats: list[os.stat_result | None] = field(default_factory=list)
-    """As last read, for a comparison at once; None of one that changed so lately that whole seconds do not tell."""
+    hashes: list[int | None] = field(default_factory=list)
+    """Of what `stat` last said, for a comparison at once; None of one that changed so lately that whole seconds do not tell."""
     folders: list[str] = field(default_factory=list)
     troubles: dict[str, str] = field(default_factory=dict)
     """By name: what is wrong with an entry that looks like a model."""
@@ -70,6 +71,8 @@ class Look:
     """Paths of folders whose files are others than at the last walk."""
     problems: dict[str, str]
     """By path: folders that could not be looked at, and bounds that were reached."""
+    is_same: bool = False
+    """Whether nothing at all is other than at the last walk, so that there is nothing to work out."""
 
 
 class Tree:
@@ -79,14 +82,20 @@ class Tree:
         self._known: dict[str, Folder] = {}
         self._roots: dict[str, int] = {}
         """Device of each store's folder when it last held something."""
+        self._last: tuple[Sequence[Store], Look, Glance] | None = None
+        """The last walk, where a glance will tell whether all is as it was."""
 
-    def look(self, stores: Iterable[Store]) -> Look:
-        """Walk through all stores. Blocks."""
+    def look(self, stores: Sequence[Store]) -> Look:
+        """Walk through all stores, or see that nothing has changed since the last walk. Blocks."""
+        if self._last is not None and self._last[0] == stores and self._last[2].is_same():
+            return self._last[1]
         walk = _Walk(self._known, self._roots)
         for store in stores:
             walk.store(store)
         if walk.has_listed or len(walk.folders) != len(self._known):
             self._known = {folder.path: folder for folder in walk.folders}
+        still = Look(folders=walk.folders, changed=set(), problems={}, is_same=True)
+        self._last = (list(stores), still, Glance(walk.seen(), walk.absent)) if walk.is_settled() else None
         return Look(folders=walk.folders, changed=walk.changed, problems=walk.problems)
 
 
@@ -99,9 +108,26 @@ class _Walk:
         self._files = self._listed = 0
         self.has_listed = False
         """Whether any folder was listed, and so is held by another object."""
+        self.absent: list[str] = []
+        """Stores that are not there."""
+        self._entered: list[tuple[str, int]] = []
+        """Every folder that was come to, on each way, with a hash of what `stat` said of it."""
+        self._is_odd = False
+        """Whether a folder went away in this moment."""
         self.folders: list[Folder] = []
         self.changed: set[str] = set()
         self.problems: dict[str, str] = {}
+
+    def is_settled(self) -> bool:
+        """Whether every later change will show in the whole seconds of a date, or in another number that `stat` tells."""
+        settled = not self._is_odd and not self.problems
+        return settled and all(folder.is_sure and None not in folder.hashes for folder in self.folders)
+
+    def seen(self) -> Iterator[tuple[str, int]]:
+        """Everything that was looked at, by path."""
+        yield from self._entered
+        for folder in self.folders:
+            yield from zip(folder.paths, (known or 0 for known in folder.hashes), strict=True)
 
     def store(self, store: Store) -> None:
         """Walk through one store."""
@@ -109,6 +135,7 @@ class _Walk:
         try:
             about = os.stat(path)  # noqa: PTH116  (strings throughout: this is the hot path)
         except OSError as error:
+            self.absent.append(path)
             self._keep_store(path, f"cannot be looked at: {error.strerror}")
             return
         if self._roots.get(path, about.st_dev) != about.st_dev and not _has_entries(path):
@@ -141,6 +168,7 @@ class _Walk:
         try:
             about = about or os.stat(path)  # noqa: PTH116
             key = (about.st_dev, about.st_ino)
+            self._entered.append((path, hash(about)))
             if key in self._seen:
                 return None
             self._seen.add(key)
@@ -152,6 +180,7 @@ class _Walk:
             else:
                 folder = self._check(known)
         except FileNotFoundError:
+            self._is_odd = True
             return None
         except OSError as error:
             self.problems[path] = f"cannot be looked at: {error.strerror}"
@@ -166,7 +195,7 @@ class _Walk:
             fresh = list(map(os.stat, folder.paths))
         except OSError:  # it is listed again, which tells what has become of it
             return self._list(Folder(folder.store, folder.path, folder.depth, folder.key, folder.changed_ns), folder)
-        if fresh != folder.stats:
+        if list(map(hash, fresh)) != folder.hashes:
             self._compare(folder, fresh)
         return folder
 
@@ -178,7 +207,7 @@ class _Walk:
             if mark != folder.marks[index]:
                 folder.marks[index] = mark
                 self.changed.add(folder.path)
-            folder.stats[index] = about if _is_settled(about, now_ns) else None
+            folder.hashes[index] = hash(about) if _is_settled(about, now_ns) else None
 
     def _list(self, folder: Folder, known: Folder | None) -> Folder:
         self.has_listed = True
@@ -216,12 +245,13 @@ class _Walk:
                 folder.troubles[entry.name] = "is not a regular file"
             else:
                 mark = (about.st_mtime_ns, about.st_size, about.st_ino, about.st_dev)
-                _add(folder, entry, mark, about if _is_settled(about, time.time_ns()) else None)
+                _add(folder, entry, mark, hash(about) if _is_settled(about, time.time_ns()) else None)
 
     def _trouble(self, folder: Folder, entry: os.DirEntry[str], before: dict[str, Mark], error: OSError) -> None:
         """An entry that cannot be looked at: it is as it was, or it is told what is wrong with it."""
         if not _is_of_interest(folder, entry.name) or (error.errno == errno.ENOENT and not entry.is_symlink()):
             return
+        folder.is_sure = False  # what is wrong may pass elsewhere: where a link leads to, or on a disk that answers again
         if error.errno == errno.ENOENT:
             folder.troubles[entry.name] = "is a link to a file that is not there"
         elif error.errno != errno.ELOOP and entry.path in before:
@@ -241,11 +271,11 @@ def _is_settled(about: os.stat_result, now_ns: int) -> bool:
     return abs(now_ns - about.st_mtime_ns) > _BLURRED_S * 1e9 and abs(now_ns - about.st_ctime_ns) > _BLURRED_S * 1e9
 
 
-def _add(folder: Folder, entry: os.DirEntry[str], mark: Mark, about: os.stat_result | None) -> None:
+def _add(folder: Folder, entry: os.DirEntry[str], mark: Mark, known: int | None) -> None:
     folder.names.append(entry.name)
     folder.paths.append(entry.path)
     folder.marks.append(mark)
-    folder.stats.append(about)
+    folder.hashes.append(known)
 
 
 def _is_passed_over(folder: Folder, name: str) -> bool:
