@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+from offloadd import lasting
 from offloadd.backends.base import Backend
 from offloadd.config.discovered import Served, Shelved, serve_found
 from offloadd.observe.devices.aside import aside
@@ -18,6 +20,8 @@ from offloadd.state.found import Found, Shelf
 from offloadd.state.ids import ModelName
 from offloadd.state.launch import ModelFacts
 
+MOST_MADE = 4
+"""Of the config in force and of one that is about to be, each with the files of now and of a moment ago."""
 _HINT = "see that the disk is mounted, and that the daemon's user may read it"
 
 
@@ -35,8 +39,8 @@ class Catalog:
         self._backends = backends
         self._recorder = recorder
         self._changed = changed
-        self._basis: tuple[object, object] = (None, None)
-        self._served = Served()
+        self._made: list[tuple[DesiredState, Mapping[ModelName, Found], Served]] = []
+        """What was worked out, what was asked for last first: for what is served, and for what is about to be."""
         self._published: Mapping[ModelName, Found] = {}
         self.discovery = Discovery(stores=self._stores, read_shape=read_model, aside=aside, changed=self._other_files)
 
@@ -62,11 +66,19 @@ class Catalog:
 
     def with_config(self, config: DesiredState) -> DesiredState:
         """The same as `specs` for another config."""
-        return serve_found(config, self.discovery.found if config.discovery.enabled else {}, self._backends).specs
+        return self._make(config, self._on_disk(config)).specs
 
     def served_by(self, config: DesiredState) -> DesiredState:
         """What `desired` would be with another config."""
-        return serve_found(config, self._found(config), self._backends).desired
+        return self._make(config, self._found(config)).desired
+
+    async def prepare(self, config: DesiredState) -> None:
+        """Work out in a thread what the other calls will be asked for: thousands of models would hold up the loop for long."""
+        for found in (self._found(config), self._on_disk(config)):
+            if self._known(config, found) is None:
+                before = self._nearest(config)
+                served = await aside(partial(serve_found, config, found, self._backends, before), name="models on disk")
+                self._keep(config, found, served)
 
     def facts(self) -> Mapping[str, ModelFacts]:
         """What is known of the files of found models, by path."""
@@ -88,11 +100,31 @@ class Catalog:
 
     def _look(self) -> Served:
         config = self._config()
-        found = self._found(config)
-        if self._basis[0] is not config or self._basis[1] is not found:
-            self._basis = (config, found)
-            self._served = serve_found(config, found, self._backends)
-        return self._served
+        return self._make(config, self._found(config))
+
+    def _make(self, config: DesiredState, found: Mapping[ModelName, Found]) -> Served:
+        served = self._known(config, found)
+        if served is None:
+            served = serve_found(config, found, self._backends, self._nearest(config))
+            self._keep(config, found, served)
+        return served
+
+    def _known(self, config: DesiredState, found: Mapping[ModelName, Found]) -> Served | None:
+        for index, (of, on, made) in enumerate(self._made):
+            if of is config and on is found:
+                self._made.insert(0, self._made.pop(index))
+                return made
+        return None
+
+    def _nearest(self, config: DesiredState) -> Served | None:
+        return next((made for of, _, made in self._made if of is config), None)
+
+    def _keep(self, config: DesiredState, found: Mapping[ModelName, Found], served: Served) -> None:
+        lasting.made(len(served.shelf))
+        self._made = [(config, found, served), *self._made[: MOST_MADE - 1]]
+
+    def _on_disk(self, config: DesiredState) -> Mapping[ModelName, Found]:
+        return self.discovery.found if config.discovery.enabled else _NOTHING
 
     def _found(self, config: DesiredState) -> Mapping[ModelName, Found]:
         return self._published if config.discovery.enabled else _NOTHING

@@ -409,6 +409,7 @@ class Daemon:
         loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=SystemSecrets())
         if loaded.desired is None:
             return loaded, None
+        await self._catalog.prepare(loaded.desired)
         new = self._catalog.served_by(loaded.desired)
         candidates = await self._observer.preview(new)
         old, observed, demand, now = self._desired(), self._observed(), self._demand(), self._clock.now()
@@ -503,12 +504,14 @@ class Daemon:
 
     async def _look_ahead(self, desired: DesiredState) -> None:
         """Read the files and engines that a new config names, so that the first plan for it knows them."""
+        await self._catalog.prepare(desired)
         await self._observer.look_ahead(self._catalog.with_config(desired), self._pids)
 
     async def _follow_files(self) -> None:
         """Serve what was found on disk, once it is known what it needs, and no longer what is gone."""
         await self._files.wait()
         self._files.clear()
+        await self._catalog.prepare(self._store.applied.desired)
         await self._observer.consider(lambda: self._catalog.specs)
         self._catalog.publish()
         self._forget_models()

@@ -28,18 +28,22 @@ class Served:
     """What the config and the disk make together."""
 
     desired: DesiredState = field(default_factory=DesiredState)
+    config: DesiredState | None = None
+    """The config alone."""
     shelf: Mapping[ModelName, Shelved] = field(default_factory=dict)
     """Every model on disk that no entry of the config is about, served or not."""
-
-    @property
-    def specs(self) -> DesiredState:
-        """As if all on the shelf were served, those with a problem aside: to work out what each would need."""
-        sound = {name: each.spec for name, each in self.shelf.items() if each.spec.backends}
-        return replace(self.desired, models={**sound, **self.desired.models})
+    specs: DesiredState = field(default_factory=DesiredState)
+    """As if all on the shelf were served, those with a problem aside: to work out what each would need."""
 
 
-def serve_found(config: DesiredState, found: Mapping[ModelName, Found], backends: Mapping[str, Backend]) -> Served:
-    """The config's models as they are, with those on disk beside them if it says `discovery.serve`."""
+def serve_found(
+    config: DesiredState, found: Mapping[ModelName, Found], backends: Mapping[str, Backend], before: Served | None = None
+) -> Served:
+    """The config's models as they are, with those on disk beside them if it says `discovery.serve`.
+
+    Of `before` is taken what is the same still: one file more among thousands is then no work worth speaking of.
+    """
+    known = before.shelf if before is not None and before.config is config else {}
     named = frozenset(_paths(config))
     taken = {name for spec in config.models.values() for name in (spec.name, *spec.aliases)}
     shelf: dict[ModelName, Shelved] = {}
@@ -48,14 +52,16 @@ def serve_found(config: DesiredState, found: Mapping[ModelName, Found], backends
         if not each.is_adapter and (each.path in named or not named.isdisjoint(each.aliases)):
             continue
         aliases = tuple(alias for alias in each.aliases if alias not in taken and alias not in found)
-        spec = _spec(config, each, aliases, backends)
+        held = known.get(name)
+        same = held is not None and held.found is each and held.spec.aliases == aliases
+        spec = held.spec if held is not None and same else _spec(config, each, aliases, backends)
         problem, hint = _problem(config, each, spec, shadowed=name in taken)
         shelf[name] = Shelved(spec=spec, found=each, problem=problem, hint=hint)
         taken.update((name, *aliases))
-    if not config.discovery.serve:
-        return Served(desired=config, shelf=shelf)
-    served = {name: each.spec for name, each in shelf.items() if not each.problem}
-    return Served(desired=replace(config, models={**config.models, **served}), shelf=shelf)
+    served = {name: each.spec for name, each in shelf.items() if not each.problem} if config.discovery.serve else {}
+    desired = replace(config, models={**config.models, **served}) if config.discovery.serve else config
+    sound = {name: each.spec for name, each in shelf.items() if each.spec.backends}
+    return Served(desired=desired, config=config, shelf=shelf, specs=replace(config, models={**sound, **desired.models}))
 
 
 def _spec(config: DesiredState, found: Found, aliases: tuple[str, ...], backends: Mapping[str, Backend]) -> ModelSpec:

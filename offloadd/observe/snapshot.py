@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from offloadd import lasting
 from offloadd.backends.base import Backend, backend_of
 from offloadd.clock import Clock, SystemClock
 from offloadd.observe.devices import DeviceReader
@@ -28,8 +30,8 @@ T = TypeVar("T")
 READ_TIMEOUT = Seconds(5)
 HOST = "host"
 _UNKNOWN = ModelFacts()
-CONSIDERED_AT_ONCE = 20
-"""Models whose needs are worked out in one go; a registry may have very many."""
+AT_ONCE_S = 0.004
+"""So long one model after another is looked at in one go, before the loop has its turn; there may be very many."""
 
 
 class Observer:
@@ -117,7 +119,7 @@ class Observer:
         self, desired: DesiredState, pids: Mapping[Hashable, int], held: Mapping[str, ModelFacts] | None = None
     ) -> None:
         known = self._known()
-        sources = sorted({source for source in self._named(desired) if source not in known})
+        sources = sorted({source async for source in self._named(desired) if source not in known})
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
         folders = desired.storage.models_path
@@ -153,7 +155,7 @@ class Observer:
         """The candidates that another config would have. What is known of the present one stays as it is."""
         async with self._turn:
             known = self._known()
-            sources = sorted({*self._facts, *(source for source in self._named(desired) if source not in known)})
+            sources = sorted({*self._facts, *[source async for source in self._named(desired) if source not in known]})
             views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
             folders = desired.storage.models_path
             hubs = hub_folders(engine.env for engine in desired.engines.values())
@@ -176,10 +178,8 @@ class Observer:
         self._offers = {key: offer for key, offer in self._offers.items() if key[0] in desired.models}
         candidates: dict[ModelName, tuple[Candidate, ...]] = {}
         bound = self._bound(desired)
-        for index, (name, spec) in enumerate(desired.models.items()):
-            candidates[name] = tuple(self._candidate(desired, spec, backend, bound[backend]) for backend in spec.backends)
-            if index % CONSIDERED_AT_ONCE == CONSIDERED_AT_ONCE - 1:
-                await asyncio.sleep(0)
+        async for spec in _by_and_by(desired.models.values()):
+            candidates[spec.name] = tuple(self._candidate(desired, spec, backend, bound[backend]) for backend in spec.backends)
         self.candidates = candidates
 
     def snapshot(self, observed: ObservedState) -> ObservedState:
@@ -218,19 +218,21 @@ class Observer:
         basis = (backend, engine, view, spec, facts, self._footprints)
         known = self._offers.get((spec.name, name))
         if known is None or known[0] != basis:
+            lasting.made()
             known = (basis, make_offer(*basis))
             self._offers[spec.name, name] = known
         return known[1]
 
-    def _named(self, desired: DesiredState) -> Iterator[str]:
+    async def _named(self, desired: DesiredState) -> AsyncIterator[str]:
         """Every file that the config names."""
         bound = self._bound(desired)
-        for spec in desired.models.values():
+        async for spec in _by_and_by(desired.models.values()):
             for name in spec.backends:
                 backend = bound[name]
                 if backend is None or backend.source_need(spec.source_for(name)) is not SourceNeed.NOTHING:
                     yield spec.source_for(name)
-                yield from backend.companions(spec) if backend else ()
+                for path in backend.companions(spec) if backend else ():
+                    yield path
 
     def _facts_of(self, spec: ModelSpec, name: BackendName, backend: Backend | None) -> ModelFacts:
         """Facts of the model's own file; the first of its companions that cannot be loaded is a problem of the whole."""
@@ -275,6 +277,16 @@ class Observer:
         self._busy.discard(what)
         if not reading.cancelled():
             reading.exception()  # asked for, so that a failure after the deadline is not reported as never retrieved
+
+
+async def _by_and_by(models: Iterable[ModelSpec]) -> AsyncIterator[ModelSpec]:
+    """Each of them; the loop goes on meanwhile."""
+    begun = time.monotonic()
+    for spec in models:
+        yield spec
+        if time.monotonic() - begun > AT_ONCE_S:
+            await asyncio.sleep(0)
+            begun = time.monotonic()
 
 
 def _reading_of(reader: DeviceReader) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from offloadd import lasting
 from offloadd.errors import PermanentError
 from offloadd.registry.content import content_of
 from offloadd.registry.discovery.tree import Mark
@@ -77,6 +78,7 @@ class Headers:
 
     def _read(self, path: str, parts: Sequence[str], marks: Sequence[Mark], identity: str) -> _Reading:
         self.read += 1
+        lasting.made()
         size = Bytes(sum(mark[1] for mark in marks))
         facts = ModelFacts(path=path, size=size, identity=identity)
         is_short = not size

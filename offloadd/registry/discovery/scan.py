@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import bisect
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from offloadd import lasting
 from offloadd.registry.discovery.assemble import ADAPTER, MODEL, Draft, drafts_of
 from offloadd.registry.discovery.headers import Headers
 from offloadd.registry.discovery.names import assign, proper_aliases, slug
@@ -85,6 +85,7 @@ class Scanner:
         return self._last
 
     def _remember(self, shelf: Shelf) -> None:
+        self._last = Scan(found=shelf.present)
         for found in shelf.present.values():
             for facts in (found.facts, found.projector):
                 if facts is not None:
@@ -133,10 +134,11 @@ class Scanner:
             if base is not None:
                 adapters.setdefault(base.path, []).append(path)
         found = {}
+        before = self._last.found
         for draft in drafts:
             is_adapter = draft.kind == ADAPTER
             base = bases.get(draft.path)
-            found[draft.path] = Found(
+            new = Found(
                 name=ModelName(names[draft.path]),
                 store=draft.store,
                 format=draft.format,
@@ -147,6 +149,11 @@ class Scanner:
                 adapters=tuple(adapters.get(draft.path, ())),
                 is_adapter=is_adapter,
             )
+            old = before.get(draft.path)
+            if old is None or old != new:
+                lasting.made()
+                old = new
+            found[draft.path] = old  # the same object where it is the same: whoever has that has nothing to do
         return found
 
 
@@ -239,9 +246,3 @@ class _Bases:
 
 def _plain(text: str) -> str:
     return _ODD.sub("", text.lower())
-
-
-def timed(scanner: Scanner, stores: Sequence[Store]) -> tuple[Scan, float]:
-    """A scan, and the seconds that it took."""
-    begun = time.monotonic()
-    return scanner.scan(stores), time.monotonic() - begun

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import watchfiles
 
 from offloadd.events import EventKind, about
-from offloadd.registry.discovery.scan import Scan, Scanner, timed
+from offloadd.registry.discovery.scan import Scan, Scanner
 from offloadd.registry.discovery.stores import Store
 from offloadd.state.found import Found, Shelf
 from offloadd.state.ids import ModelName
@@ -35,14 +37,30 @@ FIRST_S = 5.0
 LATE_S = 60.0
 """A look that takes longer is a problem that is told."""
 LEAST_S = 0.1
-LEAST_SHARE = 5
+LEAST_SHARE = 10
 """Between two looks lies at least this time, and this multiple of what the last one took, however many events come."""
+QUIET_MS = 50
+"""Events that follow one another so closely are told as one, for at most `GATHERED_MS`: as long as a copy goes on."""
+GATHERED_MS = 400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """One look, and what it brought: all that takes long with very many models is done before the loop sees it."""
+
+    scan: Scan
+    took: float
+    """Seconds."""
+    changed: Mapping[str, Found | None]
+    """By path; None of what is gone."""
+    found: Mapping[ModelName, Found]
+    facts: Mapping[str, ModelFacts]
 
 
 class Aside(Protocol):
     """Runs something that blocks in a thread that nobody has to wait for."""
 
-    def __call__(self, read: Callable[[], tuple[Scan, float]], *, name: str) -> Awaitable[tuple[Scan, float]]:
+    def __call__(self, read: Callable[[], News], *, name: str) -> Awaitable[News]:
         """What it returns or raises."""
         ...
 
@@ -82,7 +100,7 @@ class Discovery:
     def begin(self, shelf: Shelf) -> None:
         """Take what an earlier daemon saw for true until the first look says otherwise."""
         self._scanner = Scanner(self._read_shape, shelf)
-        self._take(Scan(found=shelf.present))
+        self._take(_news(Scan(found=shelf.present), {}))
 
     async def first(self) -> None:
         """Take the first look; one that takes long goes on while others go on too."""
@@ -101,33 +119,29 @@ class Discovery:
         await self._wait()
 
     async def _look(self) -> None:
-        stores = self._stores()
-        looking = asyncio.ensure_future(self._aside(lambda: timed(self._scanner, stores), name="search for models"))
+        stores, before = self._stores(), self._scan.found
+        looking = asyncio.ensure_future(self._aside(lambda: _looked(self._scanner, stores, before), name="search for models"))
         try:
             while not looking.done():
                 done, _ = await asyncio.wait({looking}, timeout=LATE_S)
                 self._late = "" if done else "takes very long: is a disk not answering?"
         finally:
             looking.cancel()
-        scan, self._took = looking.result()
-        self._take(scan)
+        news = looking.result()
+        self._took = news.took
+        self._take(news)
 
-    def _take(self, scan: Scan) -> None:
+    def _take(self, news: News) -> None:
         """What was found, if it is other than before."""
         before = self._scan.found
-        if scan.folders != self._scan.folders:
+        if news.scan.folders != self._scan.folders:
             self._moved.set()
-        self._scan = scan
-        if scan.found is before:
+        self._scan = news.scan
+        if not news.changed:
             return
-        changed: dict[str, Found | None] = {path: found for path, found in scan.found.items() if before.get(path) != found}
-        changed.update(dict.fromkeys(before.keys() - scan.found.keys()))
-        if not changed:
-            return
-        self.found = {found.name: found for found in scan.found.values()}
-        self.facts = dict(_facts(scan.found.values()))
-        self._tell(changed, before)
-        self._changed(changed)
+        self.found, self.facts = news.found, news.facts
+        self._tell(news.changed, before)
+        self._changed(news.changed)
 
     def _tell(self, changed: Mapping[str, Found | None], before: Mapping[str, Found]) -> None:
         """One line each, or one for all where there are many."""
@@ -179,13 +193,35 @@ class _Watcher:
         self._stop.set()
 
     def _run(self) -> None:
-        options = {"debounce": 1000, "step": 500, "rust_timeout": 10_000, "recursive": False, "raise_interrupt": False}
+        options = {"debounce": GATHERED_MS, "step": QUIET_MS, "rust_timeout": 10_000, "recursive": False, "raise_interrupt": False}
         try:
             for _ in watchfiles.watch(*self._folders, watch_filter=None, stop_event=self._stop, **options):  # type: ignore[arg-type]
                 self._loop.call_soon_threadsafe(self._happened)
         except (OSError, RuntimeError) as error:
             # A folder went away in this moment, the system has no watch left, or the loop is closed: the poll still works.
             log.debug("folders of models cannot be watched: %s", error)
+
+
+def _looked(scanner: Scanner, stores: Sequence[Store], before: Mapping[str, Found]) -> News:
+    """One look at all stores. Blocks."""
+    begun = time.monotonic()
+    scan = scanner.scan(stores)
+    return _news(scan, before, time.monotonic() - begun)
+
+
+def _news(scan: Scan, before: Mapping[str, Found], took: float = 0.0) -> News:
+    changed: dict[str, Found | None] = {}
+    if scan.found is not before:
+        changed.update((path, found) for path, found in scan.found.items() if _is_other(before.get(path), found))
+        changed.update(dict.fromkeys(before.keys() - scan.found.keys()))
+    if not changed:
+        return News(scan=scan, took=took, changed={}, found={}, facts={})
+    found = {each.name: each for each in scan.found.values()}
+    return News(scan=scan, took=took, changed=changed, found=found, facts=dict(_facts(scan.found.values())))
+
+
+def _is_other(before: Found | None, found: Found) -> bool:
+    return before is not found and before != found
 
 
 def _facts(found: Iterable[Found]) -> Iterable[tuple[str, ModelFacts]]:
