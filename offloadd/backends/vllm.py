@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from offloadd.backends.base import ExitPattern, HubEngine, default_exit, listed, match_exit, visible
 from offloadd.backends.hub_memory import DEVICE_CONTEXT, GIB, HubMemory, hub_memory
 from offloadd.backends.words import fill
 from offloadd.state.desired import BackendOptions, Engine, ModelSpec
+from offloadd.state.found import Found
 from offloadd.state.launch import (
     Endpoint,
     EngineApi,
@@ -97,7 +98,10 @@ class VllmOptions(BackendOptions):
     chat_template: str | None = None
     """Path of a Jinja chat template that replaces the model's own."""
     lora: tuple[str, ...] = ()
-    """LoRA adapters, each as `NAME=PATH`; clients ask for them by name through /upstream."""
+    """LoRA adapters, each as `NAME=PATH`. The one with the model's own name is what its clients get; the others are asked for by
+    name through /upstream."""
+    lora_rank: int | None = None
+    """The highest rank of an adapter (`--max-lora-rank`); vLLM itself takes no more than 16."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
@@ -112,6 +116,9 @@ class VllmOptions(BackendOptions):
     """How weights are read, such as `safetensors` or `dummy`."""
 
 
+_RANKS = (8, 16, 32, 64, 128, 256, 512)
+"""Those that every vLLM of late takes for --max-lora-rank."""
+_LEAST_RANK = 16
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1"}
 """It reports to nobody; and it listens on ports of its own for its processes, none of which may be reached from elsewhere."""
 
@@ -261,6 +268,24 @@ class Vllm(HubEngine):
     preference = 2
     # No version_argv: its own --version imports all of it, for many seconds.
 
+    def suit(self, options: BackendOptions | None, found: Found) -> BackendOptions:
+        """An adapter over its base, and the switch without which a model that makes vectors cannot be asked for them."""
+        chosen = options if isinstance(options, VllmOptions) else VllmOptions()
+        capabilities = found.loaded.shape.capabilities if found.loaded.shape else ()
+        if chosen.runner == "auto" and not {"embedding", "rerank"}.isdisjoint(capabilities):
+            chosen = replace(chosen, runner="pooling")
+        if not found.is_adapter:
+            return chosen
+        rank = found.facts.shape.rank if found.facts.shape else 0
+        allowed = next((each for each in _RANKS if each >= rank), rank)
+        return replace(
+            chosen, lora=(*chosen.lora, f"{found.name}={found.path}"), lora_rank=max(allowed, chosen.lora_rank or _LEAST_RANK)
+        )
+
+    def companions(self, spec: ModelSpec) -> tuple[str, ...]:
+        """Adapters by their paths; what vLLM is to look for by itself is its own affair."""
+        return tuple(path for _, path in _adapters(_options(spec)) if path.startswith("/"))
+
     def estimate(self, spec: ModelSpec, facts: ModelFacts) -> VramEstimate | None:
         """What it needs at least; it then takes all of its promise. None for a hub id that has not been downloaded."""
         options = _options(spec)
@@ -287,7 +312,7 @@ class Vllm(HubEngine):
         argv = [
             *engine.command,
             facts.path,
-            *("--served-model-name", spec.name),
+            *("--served-model-name", _served_name(spec, options)),
             *("--host", endpoint.host),
             *("--port", str(endpoint.port)),
             *("--max-model-len", str(_context(spec, facts))),
@@ -372,6 +397,18 @@ def _options(spec: ModelSpec) -> VllmOptions:
     return chosen if isinstance(chosen, VllmOptions) else _USUAL
 
 
+def _adapters(options: VllmOptions) -> Iterator[tuple[str, str]]:
+    """Name and path of each."""
+    for entry in options.lora:
+        name, _, path = entry.partition("=")
+        yield name, path
+
+
+def _served_name(spec: ModelSpec, options: VllmOptions) -> str:
+    """What the base is called: a name that is its own and an adapter's is answered by the base."""
+    return f"{spec.name}:base" if spec.name in dict(_adapters(options)) else spec.name
+
+
 def _context(spec: ModelSpec, facts: ModelFacts) -> int:
     """It refuses more than the model was made for."""
     most = facts.shape.context_train if facts.shape else 0
@@ -388,8 +425,15 @@ def _memory(spec: ModelSpec, facts: ModelFacts, options: VllmOptions) -> HubMemo
         cache_bytes=1 if options.kv_cache_dtype.startswith("fp8") else 2,
         cache=options.kv_cache,
         graphs=not options.eager,
-        weights=Bytes(max(0, facts.shape.weights - options.cpu_offload)),
+        weights=Bytes(max(0, facts.shape.weights - options.cpu_offload) + _for_adapters(facts, options)),
     )
+
+
+def _for_adapters(facts: ModelFacts, options: VllmOptions) -> int:
+    """Bytes that adapters take: room for the highest rank is made in each, and for modules that they leave as they are."""
+    shapes = [beside.shape for beside in facts.companions.values() if beside.shape]
+    most = options.lora_rank or _LEAST_RANK
+    return sum(2 * shape.weights * max(1, -(-most // max(1, shape.rank))) for shape in shapes)
 
 
 def _by_hand(spec: ModelSpec, options: VllmOptions) -> VramEstimate | None:
@@ -450,6 +494,7 @@ def _option_flags(options: VllmOptions) -> Iterator[str]:
         ("--chat-template", options.chat_template, None),
         ("--revision", options.revision, None),
         ("--load-format", options.load_format, None),
+        ("--max-lora-rank", options.lora_rank, None),
     )
     for flag, value, default in valued:
         if value != default:

@@ -96,6 +96,8 @@ def _can_read(engine: Engine, found: Found, backends: Mapping[str, Backend]) -> 
     adapter = backends.get(engine.adapter)
     if adapter is None or engine.kind is not BackendKind.BUILTIN:
         return False
+    if found.is_adapter and not isinstance(adapter, SuitsFiles):
+        return False
     if found.format is Format.GGUF:
         return GGUF in adapter.reads
     return adapter.reads_hub_ids or not adapter.reads

@@ -76,7 +76,9 @@ class ModelShape:
     projection: int = 0
     """Of a projector: the length of those embeddings, which is its model's."""
     base: str = ""
-    """Of an adapter: the model that it was made for, by the name that it gives it."""
+    """Of an adapter: the model that it was made for, by the name that it gives it: a name, a hub id or a path."""
+    rank: int = 0
+    """Of an adapter in PEFT's layout: the highest of its matrices."""
     license: str = ""
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from tests.conformance.servers import tiny_gguf, until
 from tests.integration.daemon import Daemon, again, launch, model, running, wait_healthy
+from tests.integration.engines import hub_folder, script
 
 DEFAULTS: Mapping[str, Any] = {"parallel": 2, "context": 4096, "vram": "64MiB", "env": {"STANDIN_TOKEN_S": "0.01"}}
 SERVE: Mapping[str, Any] = {"discovery": {"serve": True, "stores": [], "defaults": DEFAULTS}}
@@ -206,3 +208,26 @@ def test_a_found_models_server_outlives_the_daemon(tmp_path: Path) -> None:
         second.close()
     finally:
         (second or first).discard()
+
+
+def test_an_adapter_in_the_hubs_layout_is_served_over_its_base_by_vllm(tmp_path: Path) -> None:
+    base = hub_folder(tmp_path)
+    pirate = tmp_path / "loras" / "pirate"
+    pirate.mkdir(parents=True)
+    said = {"peft_type": "LORA", "base_model_name_or_path": "somebody/hub-model", "r": 40}
+    (pirate / "adapter_config.json").write_text(json.dumps(said))
+    shutil.copyfile(base / "model.safetensors", pirate / "adapter_model.safetensors")
+    discovery = {"serve": True, "stores": [], "defaults": {"vram": "64MiB"}}
+    with running(tmp_path, {}, backends={"vllm": {"command": [*script("vllm_server"), "serve"]}}, discovery=discovery) as daemon:
+        until(lambda: {"hub-model", "pirate"} <= set(daemon.names()), "both are offered", PATIENT_S)
+        reply = daemon.chat("pirate")
+        assert (reply.status, reply.json()["model"]) == (200, "pirate")
+        entries = {entry["id"]: entry for entry in daemon.get("/upstream/pirate/v1/models")["data"]}
+        assert (entries["pirate"]["root"], entries["pirate"]["parent"]) == (str(pirate), "pirate:base")
+        assert entries["pirate:base"]["root"] == str(base)
+        assert listed(daemon)["pirate"]["state"] == "ready"
+        assert listed(daemon)["hub-model"]["state"] == "off"  # which is a model of its own
+        assert daemon.chat("hub-model").status == 200
+        shutil.rmtree(pirate)
+        until(lambda: "pirate" not in daemon.names(), "the adapter is not offered any more", PATIENT_S)
+        assert daemon.chat("hub-model").status == 200

@@ -58,6 +58,7 @@ class Job:
     tokens: list[str] = field(default_factory=list)
     finish: str | None = None
     stop_reason: str | None = None
+    adapter: str = ""
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -274,7 +275,7 @@ def aborted(job: Job, model: str) -> dict[str, Any]:
     return piece(job, model, "")[0]
 
 
-def models(names: list[str], root: str, context: int, created: int) -> dict[str, Any]:
+def models(names: list[str], root: str, context: int, created: int, adapters: dict[str, str]) -> dict[str, Any]:
     allow = {
         "create_engine": False,
         "sampling": True,
@@ -293,7 +294,9 @@ def models(names: list[str], root: str, context: int, created: int) -> dict[str,
         "is_blocking": False,
     }
     head = {"object": "model", "created": created, "owned_by": "vllm", "root": root, "parent": None, "max_model_len": context}
-    return {"object": "list", "data": [{"id": name, **head, "permission": [permission]} for name in names]}
+    served = [{"id": name, **head, "permission": [permission]} for name in names]
+    over = [{"id": name, **head, "root": path, "parent": names[0], "permission": [permission]} for name, path in adapters.items()]
+    return {"object": "list", "data": served + over}
 
 
 def embeddings(body: dict[str, Any], model: str) -> dict[str, Any]:

@@ -130,6 +130,12 @@ class Options:
         return self.values.get("--served-model-name", [self.model])
 
     @property
+    def adapters(self) -> dict[str, str]:
+        """Paths of LoRA adapters by the names that they are asked for by."""
+        given = self.values.get("--lora-modules", []) if "--enable-lora" in self.switches else []
+        return {name: path for name, _, path in (entry.partition("=") for entry in given)}
+
+    @property
     def keys(self) -> list[str]:
         return self.values.get("--api-key", [])
 

@@ -159,7 +159,8 @@ class Server:
         return _json({"server_load": self._running + self._waiting if tracked else 0})
 
     async def _models(self, _request: web.Request) -> web.StreamResponse:
-        return _json(bodies.models(self._options.names, self._options.model, self._options.context, self._created))
+        own = self._options
+        return _json(bodies.models(own.names, own.model, own.context, self._created, own.adapters))
 
     async def _metrics(self, _request: web.Request) -> web.StreamResponse:
         name = self._options.names[0]
@@ -182,7 +183,7 @@ class Server:
 
     async def _tokenize(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
-        bodies.check_model(body, self._options.names)
+        bodies.check_model(body, self._askable())
         size = bodies.count(body.get("prompt") or " ".join(str(m.get("content")) for m in body.get("messages", ())))
         found = {"count": size, "max_model_len": self._options.context, "tokens": list(range(100, 100 + size)), "token_strs": None}
         return _json(found)
@@ -246,12 +247,13 @@ class Server:
 
     async def _embeddings(self, request: web.Request) -> web.StreamResponse:
         body = await self._body(request)
-        bodies.check_model(body, self._options.names)
+        bodies.check_model(body, self._askable())
         return _json(bodies.embeddings(body, self._options.names[0]))
 
     async def _serve(self, request: web.Request, read: Callable[..., Job]) -> web.StreamResponse:
-        names, context = self._options.names, self._options.context
-        job = read(await self._body(request), names, context, self._knobs.answer_tokens)
+        body = await self._body(request)
+        job = read(body, self._askable(), self._options.context, self._knobs.answer_tokens)
+        job.adapter = body["model"] if body.get("model") in self._options.adapters else ""
         if self._options.queue is not None and self._waiting >= self._options.queue:
             raise bodies.busy()
         self._asked += 1
@@ -261,11 +263,14 @@ class Server:
             return await self._stream(request, job)
         async for _ in self._tokens(job):
             pass
-        return _json(bodies.whole(job, names[0]))
+        return _json(bodies.whole(job, job.adapter or self._options.names[0]))
+
+    def _askable(self) -> list[str]:
+        return [*self._options.names, *self._options.adapters]
 
     async def _stream(self, request: web.Request, job: Job) -> web.StreamResponse:
         """Headers go out at once, also when the request has to wait."""
-        name = self._options.names[0]
+        name = job.adapter or self._options.names[0]
         response = web.StreamResponse(headers={hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8"})
         response.enable_chunked_encoding()
         await response.prepare(request)

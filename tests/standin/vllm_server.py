@@ -33,6 +33,7 @@ Knobs are environment variables:
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -108,6 +109,20 @@ def _refuse_what_it_refuses(options: Options) -> None:
     if options.model.startswith("/") and not os.path.isdir(options.model):
         said = f"Repo id must be in the form 'repo_name' or 'namespace/repo_name': '{options.model}'. Use `repo_type` argument"
         say_error(f"huggingface_hub.errors.HFValidationError: {said}")
+        leave(1)
+    for path in options.adapters.values():
+        _refuse_adapter(path, options.number("--max-lora-rank", 16))
+
+
+def _refuse_adapter(path: str, most: int) -> None:
+    try:
+        with open(os.path.join(path, "adapter_config.json"), encoding="utf-8") as file:
+            rank = json.load(file)["r"]
+    except (OSError, ValueError, KeyError) as problem:
+        say_error(f"ValueError: Loading lora {path} failed: {problem}")
+        leave(1)
+    if rank > most:
+        say_error(f"ValueError: LoRA rank {rank} is greater than max_lora_rank {most}.")
         leave(1)
 
 

@@ -168,9 +168,8 @@ def _weights(folder: Folder, headers: Headers) -> Iterator[Draft]:
     stem = _folder_stem(folder)
     marks = tuple(mark for _, _, mark in chosen)
     if "adapter_config.json" in names:
-        size = Bytes(sum(mark[1] for _, _, mark in weights))
-        hint = "name it in the args of a vLLM model: --lora-modules"
-        facts = ModelFacts(path=folder.path, size=size, problem="is an adapter for its base model, and no model itself", hint=hint)
+        parts = [path for name, path, _ in chosen if name.endswith(".safetensors") or name == "adapter_config.json"]
+        facts = headers.facts(folder.path, parts, marks)
         yield _draft(folder, stem, ADAPTER, Format.SAFETENSORS, facts, weights[0][2])
     elif "config.json" in names:
         parts = [path for name, path, _ in chosen if name.endswith(".safetensors") or name == "config.json"]

@@ -1,4 +1,4 @@
-"""The cheapest look there is: whether anything at all has changed since the last walk. It costs one `stat` for each folder and file."""
+"""The cheapest look there is: whether anything has changed since the last walk. It costs one `stat` for each folder and file."""
 
 from __future__ import annotations
 

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import bisect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from offloadd import lasting
 from offloadd.registry.discovery.assemble import ADAPTER, MODEL, Draft, drafts_of
+from offloadd.registry.discovery.bases import Bases
 from offloadd.registry.discovery.headers import Headers
 from offloadd.registry.discovery.names import assign, proper_aliases, slug
 from offloadd.registry.discovery.ollama import Manifests
 from offloadd.registry.discovery.stores import HUB, OLLAMA, Store
 from offloadd.registry.discovery.tree import Folder, Look, Tree
-from offloadd.state.found import Format, Found, Shelf
+from offloadd.state.found import Found, Shelf
 from offloadd.state.ids import ModelName
 from offloadd.state.launch import ModelFacts
 from offloadd.state.shape import ModelShape
 
-_ODD = re.compile(r"[^a-z0-9]+")
 _NO_FILE = (-1, -1)
 """The mark of what could not be looked at."""
 
@@ -127,8 +125,9 @@ class Scanner:
     def _named(self, drafts: Sequence[Draft]) -> dict[str, Found]:
         names = assign({draft.path: slug(draft.stem, draft.path) for draft in drafts}, self._names)
         self._names.update(names)
-        known = _Bases([draft for draft in drafts if draft.kind == MODEL])
-        bases = {draft.path: known.of(draft) for draft in drafts if draft.kind == ADAPTER}
+        lent = [draft for draft in drafts if draft.kind == ADAPTER]
+        known = Bases([draft for draft in drafts if draft.kind == MODEL], lent)
+        bases = {draft.path: known.of(draft) for draft in lent}
         adapters: dict[str, list[str]] = {}
         for path, base in bases.items():
             if base is not None:
@@ -206,43 +205,3 @@ def _without_base(draft: Draft) -> ModelFacts:
     return replace(
         draft.facts, problem=f"is an adapter, and its base model{named} was not found", hint="put the base model beside it"
     )
-
-
-class _Bases:
-    """Models by what they are called, so that very many adapters find theirs among very many models at once."""
-
-    def __init__(self, models: Sequence[Draft]) -> None:
-        fit = [model for model in models if model.shape and not model.facts.problem and model.format is Format.GGUF]
-        self._beside: dict[tuple[str, str], list[Draft]] = {}
-        named: set[tuple[str, str, int]] = set()
-        for index, model in enumerate(fit):
-            architecture = model.shape.architecture if model.shape else ""
-            self._beside.setdefault((architecture, model.folder), []).append(model)
-            for name in (model.shape.name if model.shape else "", model.stem, PurePosixPath(model.folder).name):
-                named.add((architecture, _plain(name), index))
-        self._fit, self._named = fit, sorted(named)
-
-    def of(self, adapter: Draft) -> Draft | None:
-        """The model that an adapter is for: of its architecture, and of the name that it gives, or the only one beside it."""
-        if adapter.shape is None or adapter.format is not Format.GGUF:
-            return None
-        architecture, wanted = adapter.shape.architecture, _plain(adapter.shape.base)
-        if wanted:
-            fitting = list(self._called(architecture, wanted))
-        else:
-            beside = self._beside.get((architecture, adapter.folder), [])
-            fitting = beside if len(beside) == 1 else []
-        return min(
-            fitting, key=lambda model: (model.folder != adapter.folder, model.store != adapter.store, model.path), default=None
-        )
-
-    def _called(self, architecture: str, wanted: str) -> Iterator[Draft]:
-        """Those with a name that begins so."""
-        at = bisect.bisect_left(self._named, (architecture, wanted, -1))
-        while at < len(self._named) and self._named[at][0] == architecture and self._named[at][1].startswith(wanted):
-            yield self._fit[self._named[at][2]]
-            at += 1
-
-
-def _plain(text: str) -> str:
-    return _ODD.sub("", text.lower())

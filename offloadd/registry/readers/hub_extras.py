@@ -26,7 +26,7 @@ def said_beside(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "tools": knows_tools(template),
         "pooling": _pooling(folder, config),
         "senses": tuple(sense for sense in ("vision", "audio") if isinstance(config.get(f"{sense}_config"), dict)),
-        "license": _license(folder),
+        "license": license_of(folder),
     }
 
 
@@ -51,7 +51,8 @@ def _pooling(folder: Path, config: Mapping[str, Any]) -> str:
     return next((name for key, name in _POOLINGS if modes.get(key) is True), "mean")
 
 
-def _license(folder: Path) -> str:
+def license_of(folder: Path) -> str:
+    """As the front of its README says it."""
     text = _text(folder / "README.md")
     begin, front, _ = text.partition("---")[2].partition("\n---") if text.startswith("---") else ("", "", "")
     found = _LICENSE.search(begin) if front else None

@@ -324,3 +324,19 @@ def test_deep_sleep_has_its_weights_read_again() -> None:
 )
 def test_whether_it_sleeps_is_read_off_its_answer(status: int | None, body: bytes, asleep: bool | None) -> None:
     assert BACKEND.read_nap(ProbeReply(status=status, body=body)) is asleep
+
+
+def test_an_adapter_of_the_models_own_name_is_what_clients_get_and_takes_memory_of_its_own() -> None:
+    options = VllmOptions(lora=("m=/loras/m", "other=org/other"), lora_rank=32)
+    words = argv(options=options)
+    assert after("--served-model-name", words) == "m:base"  # or the base would answer to the name
+    at = words.index("--lora-modules")
+    assert words[at - 1 : at + 3] == ["--enable-lora", "--lora-modules", "m=/loras/m", "other=org/other"]
+    assert after("--max-lora-rank", words) == "32"
+    assert BACKEND.companions(spec(options)) == ("/loras/m",)
+    assert after("--served-model-name", argv(options=VllmOptions(lora=("other=/x",)))) == "m"
+    adapter = ModelFacts(path="/loras/m", shape=ModelShape(architecture="", kind="adapter", rank=16, other=Bytes(50 * MIB)))
+    alone, over = (BACKEND.estimate(spec(options), replace(FACTS, companions=beside)) for beside in ({}, {"/loras/m": adapter}))
+    assert alone is not None
+    assert over is not None
+    assert over.total - alone.total == 200 * MIB  # room for twice its rank, and for modules that it leaves alone

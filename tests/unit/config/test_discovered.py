@@ -69,6 +69,29 @@ def test_what_a_file_asks_for_is_set() -> None:
     assert models[ModelName("lora")].source == "/m/base.gguf"
 
 
+def test_an_adapter_in_the_hubs_layout_goes_to_the_engine_that_applies_it_over_its_base() -> None:
+    shape = ModelShape(architecture="", kind="adapter", rank=40)
+    lora = found("lora", format=Format.SAFETENSORS, facts=facts("/m/lora", shape), is_adapter=True, base=facts("/m/base"))
+    spec = serve(config("{discovery: {serve: true, defaults: {vllm: {lora: [x=/x]}}}}"), lora).desired.models[ModelName("lora")]
+    assert (spec.backends, spec.source) == (("vllm",), "/m/base")
+    assert spec.options["vllm"].lora == ("x=/x", "lora=/m/lora")  # type: ignore[attr-defined]
+    assert spec.options["vllm"].lora_rank == 64  # type: ignore[attr-defined]
+
+
+def test_what_is_the_same_still_is_not_worked_out_again() -> None:
+    desired, a, b = config(), found("a"), found("b")
+    before = serve(desired, a)
+    both = {each.name: each for each in (a, b)}
+    after = serve_found(desired, both, BACKENDS, before)
+    assert after == serve_found(desired, both, BACKENDS)
+    assert after.shelf[a.name].spec is before.shelf[a.name].spec
+    other = replace(a, facts=facts("/m/a.gguf", replace(SHAPE, context_train=512)))
+    changed = serve_found(desired, {a.name: other}, BACKENDS, after)
+    assert changed == serve_found(desired, {a.name: other}, BACKENDS)
+    reloaded = serve_found(config("discovery: {serve: true, defaults: {priority: 7}}"), both, BACKENDS, after)
+    assert reloaded.desired.models[a.name].priority == 7
+
+
 def test_safetensors_go_to_engines_that_read_folders() -> None:
     spec = serve(config(), found("a", format=Format.SAFETENSORS, facts=facts("/m/a"))).desired.models[ModelName("a")]
     assert "llamacpp" not in spec.backends

@@ -152,6 +152,56 @@ def test_an_adapter_is_paired_with_its_base(disk: Disk) -> None:
     assert 'its base model "Nobody 3B" was not found' in found["lost"].facts.problem
 
 
+def adapter_folder(path: Path, **config: Any) -> Path:
+    """As PEFT saves one."""
+    folder_of_weights(path, adapter_config__json=json.dumps({"peft_type": "LORA", "r": 24, **config}))
+    (path / "config.json").unlink()
+    (path / "model.safetensors").rename(path / "adapter_model.safetensors")
+    return path
+
+
+def test_an_adapter_in_the_hubs_layout_finds_its_base_by_path_repository_or_name(disk: Disk) -> None:
+    mine = folder_of_weights(disk.path / "org" / "Chat-1B")
+    other = folder_of_weights(disk.path / "else" / "Chat-1B")
+    lone = folder_of_weights(disk.path / "lone-2b")
+    wanted = {
+        "by-path": (str(other), other),
+        "by-way": ("../org/Chat-1B", mine),
+        "by-repository": ("Org/chat-1b", mine),
+        "by-name": ("/home/trainer/runs/Lone_2B", lone),
+        "by-none": ("org/Chat-7B", None),
+        "nameless": (None, None),
+    }
+    for name, (base, _) in wanted.items():
+        adapter_folder(disk.path / name, base_model_name_or_path=base, rank_pattern={"q_proj": 32})
+    found = disk.found()
+    bases = {name: each.base.path if (each := found[name]).base else None for name in wanted}
+    assert bases == {name: str(base) if base else None for name, (_, base) in wanted.items()}
+    shape = found["by-path"].facts.shape
+    assert shape is not None
+    assert (shape.kind, shape.rank, shape.parameters, shape.weights, found["by-path"].facts.problem) == ("adapter", 32, 16, 32, "")
+    assert 'its base model "org/Chat-7B" was not found' in found["by-none"].facts.problem
+    assert "its base model was not found" in found["nameless"].facts.problem
+    (other / "model.safetensors").unlink()
+    assert disk.found()["by-path"].base.path == str(mine)  # type: ignore[union-attr]  (by its name, then)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"peft_type": "IA3"}, "is of the type 'IA3'"),
+        ({"use_dora": True}, "uses DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "brings whole modules"),
+        ({"r": 0}, "rank is impossible"),
+        ({"r": "many"}, "cannot be read"),
+    ],
+)
+def test_an_adapter_that_no_engine_applies_is_told_for_what_it_is(disk: Disk, config: Mapping[str, Any], said: str) -> None:
+    folder_of_weights(disk.path / "base")
+    adapter_folder(disk.path / "odd", **{"base_model_name_or_path": "base", **config})
+    assert said in disk.problem("odd")
+
+
 def test_a_split_model_is_one_and_says_what_is_missing(disk: Disk) -> None:
     names = [f"big-Q8_0-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
     for number, name in enumerate(names):
