@@ -279,7 +279,11 @@ class Vllm(HubEngine):
         rank = found.facts.shape.rank if found.facts.shape else 0
         allowed = next((each for each in _RANKS if each >= rank), rank)
         return replace(
-            chosen, lora=(*chosen.lora, f"{found.name}={found.path}"), lora_rank=max(allowed, chosen.lora_rank or _LEAST_RANK)
+            chosen,
+            lora=(*chosen.lora, f"{found.name}={found.path}"),
+            lora_rank=max(allowed, chosen.lora_rank or _LEAST_RANK),
+            # After a deep sleep the base is read again, and nobody says that the adapter is.
+            sleep=1 if chosen.sleep else 0,
         )
 
     def companions(self, spec: ModelSpec) -> tuple[str, ...]:
