@@ -72,7 +72,8 @@ def test_what_a_file_asks_for_is_set() -> None:
 def test_an_adapter_in_the_hubs_layout_goes_to_the_engine_that_applies_it_over_its_base() -> None:
     shape = ModelShape(architecture="", kind="adapter", rank=40)
     lora = found("lora", format=Format.SAFETENSORS, facts=facts("/m/lora", shape), is_adapter=True, base=facts("/m/base"))
-    spec = serve(config("{discovery: {serve: true, defaults: {vllm: {lora: [x=/x], sleep: 2}}}}"), lora).desired.models[ModelName("lora")]
+    desired = config("{discovery: {serve: true, defaults: {vllm: {lora: [x=/x], sleep: 2}}}}")
+    spec = serve(desired, lora).desired.models[ModelName("lora")]
     assert (spec.backends, spec.source) == (("vllm",), "/m/base")
     assert spec.options["vllm"].lora == ("x=/x", "lora=/m/lora")  # type: ignore[attr-defined]
     assert (spec.options["vllm"].lora_rank, spec.options["vllm"].sleep) == (64, 1)  # type: ignore[attr-defined]
