@@ -74,6 +74,7 @@ from offloadd.runtime.logs import LogFolder, printable
 from offloadd.runtime.orphans import take_up
 from offloadd.runtime.reconciler import Reconciler
 from offloadd.runtime.reload import ConfigStore, explain
+from offloadd.runtime.signals import Signals
 from offloadd.runtime.wishes import WishBook
 from offloadd.state.actions import Decision, ModelState, Plan
 from offloadd.state.demand import Demand
@@ -174,7 +175,17 @@ class Daemon:
         self._lives = LifeBook(data_dir / "state.db")
         self._logs = LogFolder(data_dir / "logs")
         self._forwarder = Forwarder(self._logs, journal_in_use)
-        self._book = LeaseBook(clock=clock, hosts=self._ready_hosts.of, decision=self._decision, wake=self._wake, waits=self._waits)
+        self._book = LeaseBook(
+            clock=clock,
+            hosts=self._ready_hosts.of,
+            decision=self._decision,
+            wake=self._wake,
+            waits=self._waits,
+            signal=lambda key: self._signals.of(key),
+        )
+        self._signals = Signals(
+            clock=clock, probe=Prober(session), choices=self._ready_hosts.choices, held=lambda: self._book.demand().leases
+        )
         self._keeping = KeepBook()
         self._wishes = WishBook(clock=clock, wake=self._wake, newest=lambda model: self._executor.newest(model))
         self._loans = LoanBook(clock=clock, wake=self._wake, measured=self._observer.holdings.of)
@@ -229,6 +240,7 @@ class Daemon:
                 self._keep("the trimming of logs", self._trim_logs),
                 self._keep("the watch of the config", self._store.watch),
                 self._keep("the word to the service manager", self._service.attend),
+                self._keep("the asking of engines for their load", self._signals.attend),
                 self._keep("the writing of the registry", self._chronicle.attend),
                 self._keep("the search for models", self._catalog.discovery.attend),
                 self._keep("the watch of models' folders", self._catalog.discovery.watch),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from offloadd.backends.base import Backend, backend_of
+from offloadd.backends.base import Backend, TellsLoad, backend_of
 from offloadd.proxy.leases import Host
 from offloadd.runtime.executor import Executor
+from offloadd.runtime.signals import Asked
 from offloadd.state.desired import DesiredState, ModelSpec
-from offloadd.state.ids import BackendName, ModelName
+from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import EngineApi
 from offloadd.state.observed import InstanceState
 
@@ -44,6 +45,22 @@ class ReadyHosts:
         """Whether the engine works on for a client that left before an answer that is not streamed."""
         backend = self._backend(name)
         return backend is not None and backend.cancels_only_streams
+
+    def choices(self, leases: Mapping[InstanceId, int]) -> list[Asked]:
+        """Instances that can be asked for their load, of models that have several, while requests of ours run on any of these."""
+        found: list[Asked] = []
+        for model in {key.model for key in leases}:
+            hosts = self.of(model)
+            if len(hosts) > 1 and any(host.instance in leases for host in hosts):
+                found += [asked for host in hosts if (asked := self._asked(host)) is not None]
+        return found
+
+    def _asked(self, host: Host) -> Asked | None:
+        instance = self._executor().get(host.instance)
+        backend: object = self._backend(host.backend)
+        if instance is None or not isinstance(backend, TellsLoad):
+            return None
+        return Asked(instance=host.instance, spec=instance.view().spec, endpoint=host.endpoint, backend=backend)
 
     def _look_up(self, model: ModelName) -> Sequence[Host]:
         found: list[Host] = []

@@ -15,6 +15,7 @@ from offloadd.state.ids import LOCAL, DeviceId, DeviceKind
 from offloadd.state.launch import (
     Endpoint,
     EngineApi,
+    EngineLoad,
     ExitCause,
     ExitKind,
     ExitStatus,
@@ -23,6 +24,7 @@ from offloadd.state.launch import (
     ModelFacts,
     Naps,
     Placement,
+    Probe,
     ProbeReply,
     Probes,
     SourceNeed,
@@ -141,6 +143,19 @@ class SuitsFiles(Protocol):
 
     def suit(self, options: BackendOptions | None, found: Found) -> BackendOptions:
         """The options with what the found model needs, such as its projector."""
+        ...
+
+
+@runtime_checkable
+class TellsLoad(Protocol):
+    """An adapter of an engine that says how busy it is."""
+
+    def load_probe(self, spec: ModelSpec) -> Probe | None:
+        """A cheap question that it answers while it works; None where it cannot be asked."""
+        ...
+
+    def read_load(self, spec: ModelSpec, reply: ProbeReply) -> EngineLoad | None:
+        """What the answer says; None when it does not tell."""
         ...
 
 

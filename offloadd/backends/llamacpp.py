@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from offloadd.state.ids import DeviceKind
 from offloadd.state.launch import (
     Endpoint,
     EngineApi,
+    EngineLoad,
     ExitCause,
     ExitKind,
     ExitStatus,
@@ -298,6 +300,18 @@ class LlamaCpp:
         if path == "/slots" and reply.status in (404, 501):
             return Health.READY  # switched off by the operator's args: then nothing better is known
         return Health.READY if reply.status == 200 else Health.SILENT
+
+    def load_probe(self, spec: ModelSpec) -> Probe | None:
+        """Its metrics have to be switched on; its slots do not."""
+        return Probe(path="/slots")
+
+    def read_load(self, spec: ModelSpec, reply: ProbeReply) -> EngineLoad | None:
+        """Slots that work. What it queues beyond them is told nowhere else than in its metrics."""
+        try:
+            slots = json.loads(reply.body) if reply.status == 200 else None
+            return EngineLoad(running=sum(bool(slot["is_processing"]) for slot in slots)) if slots is not None else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def api(self, spec: ModelSpec) -> EngineApi:
         """It looks at no name, answers with its alias, which is ours, and has embeddings, reranking and audio only when told to."""

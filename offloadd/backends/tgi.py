@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from offloadd.backends.base import ExitPattern, HubEngine, default_exit, match_exit, visible
+from offloadd.backends.gauges import gauge
 from offloadd.backends.hub_memory import GIB, HubMemory, hub_memory
 from offloadd.backends.words import fill
 from offloadd.state.desired import BackendOptions, Engine, ModelSpec
 from offloadd.state.launch import (
     Endpoint,
     EngineApi,
+    EngineLoad,
     ExitCause,
     ExitKind,
     ExitStatus,
@@ -208,6 +210,19 @@ class Tgi(HubEngine):
         if path == "/info":
             return Health.READY if reply.status == 200 and _is_tgi(reply.body) else Health.SILENT
         return Health.READY if reply.status == 200 else Health.SILENT
+
+    def load_probe(self, spec: ModelSpec) -> Probe | None:
+        """Its metrics, on the port that it serves on."""
+        return Probe(path="/metrics")
+
+    def read_load(self, spec: ModelSpec, reply: ProbeReply) -> EngineLoad | None:
+        """A gauge is there from its first use on: one that is missing is 0, of something that is TGI."""
+        if reply.status != 200 or b"tgi_" not in reply.body:
+            return None
+        running, waiting = gauge(reply.body, "tgi_batch_current_size"), gauge(reply.body, "tgi_queue_size")
+        taken, most = gauge(reply.body, "tgi_batch_current_max_tokens"), gauge(reply.body, "tgi_batch_max_total_tokens")
+        cache = min(1.0, sum(taken) / sum(most)) if taken and sum(most) > 0 else None
+        return EngineLoad(running=int(sum(running)), waiting=int(sum(waiting)), cache=cache)
 
     def api(self, spec: ModelSpec) -> EngineApi:
         """It looks at no name and answers with its own; its finish reasons and ids are not OpenAI's."""

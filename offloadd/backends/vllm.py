@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from offloadd.backends.base import ExitPattern, HubEngine, default_exit, listed, match_exit, visible
+from offloadd.backends.gauges import gauge
 from offloadd.backends.hub_memory import DEVICE_CONTEXT, GIB, HubMemory, hub_memory
 from offloadd.backends.words import fill
 from offloadd.state.desired import BackendOptions, Engine, ModelSpec
@@ -16,6 +17,7 @@ from offloadd.state.found import Found
 from offloadd.state.launch import (
     Endpoint,
     EngineApi,
+    EngineLoad,
     ExitCause,
     ExitKind,
     ExitStatus,
@@ -359,6 +361,19 @@ class Vllm(HubEngine):
         pooling = _options(spec).runner == "pooling"
         closed = _DEVELOPMENT if _options(spec).sleep else frozenset[str]()
         return EngineApi(paths=_POOLING if pooling else _TEXT, hints=_HINTS, model=spec.name, closed=closed)
+
+    def load_probe(self, spec: ModelSpec) -> Probe | None:
+        """Its metrics: `/load` is always 0 unless a flag switches it on."""
+        return Probe(path="/metrics")
+
+    def read_load(self, spec: ModelSpec, reply: ProbeReply) -> EngineLoad | None:
+        """Over all its engines where it has several. The cache's use has had two names."""
+        running = gauge(reply.body, "vllm:num_requests_running") if reply.status == 200 else []
+        if not running:
+            return None
+        waiting = gauge(reply.body, "vllm:num_requests_waiting")
+        cache = gauge(reply.body, "vllm:kv_cache_usage_perc") or gauge(reply.body, "vllm:gpu_cache_usage_perc")
+        return EngineLoad(running=int(sum(running)), waiting=int(sum(waiting)), cache=max(cache, default=None))
 
     def naps(self, spec: ModelSpec) -> Naps | None:
         """Level 2 has its weights read again between waking their memory and that of the cache."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offloadd.plan.balance import Seat, pick
+from offloadd.plan.balance import Seat, beyond, pick
 from offloadd.state.actions import Decision, ModelState
 from offloadd.state.desired import ModelSpec, RunMode
 from offloadd.state.ids import InstanceId
-from offloadd.units import Instant, Seconds, format_seconds
+from offloadd.units import Instant, Seconds, counted, format_seconds
 
 PATIENCE = Seconds(5)
 """A backoff up to this long is waited out in the queue; a longer one refuses at once and says when to come back."""
@@ -53,7 +53,9 @@ def admit(
     best = None if waiting else pick(seats, now=now, known=known)
     if best is not None:
         familiar = " and knows the conversation" if best.instance == known else ""
-        why = f"{best.instance} is ready with {best.leases} of {best.slots} slots busy{familiar}"
+        others = beyond(best, now=now)
+        more = f", {counted(others, 'request', 'requests')} of others beside" if others else ""
+        why = f"{best.instance} is ready with {best.leases} of {best.slots} slots busy{more}{familiar}"
         return Granted(instance=best.instance, why=why)
     refusal = None if seats else hopeless(spec, decision, now=now)
     if refusal:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offloadd.state.ids import BackendName, InstanceId
+from offloadd.state.observed import Signal
 from offloadd.units import Instant, Seconds
 
 FAILURES = 3
@@ -15,6 +16,8 @@ EJECTED = Seconds(5)
 EJECTED_LONGEST = Seconds(120)
 RAMP = Seconds(20)
 """One that has proved itself again has all its slots back after this time."""
+HEARD = Seconds(8)
+"""What an engine said of its queue is of use for so long."""
 AHEAD = 0.25
 """An instance that knows a conversation may be this much fuller than the emptiest one and still get it, as a share of its slots."""
 
@@ -45,6 +48,8 @@ class Seat:
     leases: int
     slots: int
     standing: Standing = WELL
+    signal: Signal | None = None
+    """What its engine last said of its own queue."""
 
 
 def pick(seats: Sequence[Seat], *, now: Instant, known: InstanceId | None = None) -> Seat | None:
@@ -54,10 +59,10 @@ def pick(seats: Sequence[Seat], *, now: Instant, known: InstanceId | None = None
     free = free or [seat for seat in seats if seat.leases < seat.slots and _nobody_well(seats, now=now)]
     if not free:
         return None
-    best = min(free, key=_load)
+    best = min(free, key=lambda seat: _load(seat, now))
     if known is not None and best.instance != known:
         familiar = next((seat for seat in free if seat.instance == known), None)
-        if familiar is not None and _load(familiar)[0] <= _load(best)[0] + AHEAD:
+        if familiar is not None and _load(familiar, now)[0] <= _load(best, now)[0] + AHEAD:
             return familiar
     return best
 
@@ -95,8 +100,22 @@ def after_failure(standing: Standing, *, now: Instant) -> Standing:
     return Standing(ejections=standing.ejections + 1, until=Instant(now + wait))
 
 
-def _load(seat: Seat) -> tuple[float, InstanceId]:
-    return seat.leases / seat.slots, seat.instance
+def beyond(seat: Seat, *, now: Instant) -> int:
+    """Requests on it that are none of ours, by its engine's word of a moment ago; 0 when nothing is known.
+
+    They come from others who use the same engine, or from clients that have left. They only change the order: a seat that is free
+    by our own count may be taken whatever an engine says, since its word may be old.
+    """
+    heard = seat.signal
+    return 0 if heard is None or now - heard.at > HEARD else heard.beyond
+
+
+def _load(seat: Seat, now: Instant) -> tuple[float, float, InstanceId]:
+    """The requests on it by the number that it takes; of equals, the one whose cache has more room."""
+    heard = seat.signal
+    known = heard is not None and now - heard.at <= HEARD and heard.cache is not None
+    cache = round(heard.cache, 1) if known and heard is not None and heard.cache is not None else 0.0
+    return (seat.leases + beyond(seat, now=now)) / seat.slots, cache, seat.instance
 
 
 def _nobody_well(seats: Sequence[Seat], *, now: Instant) -> bool:

@@ -19,6 +19,7 @@ from offloadd.state.demand import Demand, Waiting
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
 from offloadd.state.launch import Endpoint, EngineApi
+from offloadd.state.observed import Signal
 from offloadd.units import Instant, Seconds, format_seconds
 
 MAX_WAITING = 8192
@@ -92,8 +93,10 @@ class LeaseBook:
         decision: Callable[[ModelName], Decision | None],
         wake: Callable[[], None],
         waits: Callable[[ModelName, str], None] | None = None,
+        signal: Callable[[InstanceId], Signal | None] = lambda _: None,
     ) -> None:
-        """`waits` is told of each request that is queued, and why it has to wait."""
+        """`waits` is told of each request that is queued, and why it has to wait. `signal` is an engine's word of its own queue."""
+        self._signal = signal
         self._waits = waits
         self._clock = clock
         self._hosts = hosts
@@ -326,7 +329,14 @@ class LeaseBook:
 
     def _seat(self, host: Host) -> Seat:
         held, standing = self._held(host.instance), self.memory.standing(host.instance)
-        return Seat(instance=host.instance, backend=host.backend, leases=held, slots=host.slots, standing=standing)
+        return Seat(
+            instance=host.instance,
+            backend=host.backend,
+            leases=held,
+            slots=host.slots,
+            standing=standing,
+            signal=self._signal(host.instance),
+        )
 
     def move(self, lease: Lease, why: str) -> bool:
         """Give a lease another instance of the same engine, if one has a free slot now; it is then of the old one no more."""

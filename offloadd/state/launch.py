@@ -133,6 +133,17 @@ class ProbeReply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """How busy an engine says that it is."""
+
+    running: int
+    waiting: int = 0
+    """Requests that it has taken and not begun."""
+    cache: float | None = None
+    """Share of its KV cache in use, 0..1; None where it does not tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineApi:
     """What the HTTP server of one model's engine speaks, so that a client's dialect is passed on or translated."""
 

@@ -114,6 +114,17 @@ class InstanceView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """What an instance's engine said of its own queue, at one instant."""
+
+    beyond: int
+    """Requests in it that are none of ours."""
+    at: Instant
+    cache: float | None = None
+    """Share of its KV cache in use, 0..1; None where it does not tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExitRecord:
     """The end of one instance. `ready_for` is None when it never became ready."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from offloadd.backends.base import Backend, fingerprint
+from offloadd.backends.base import Backend, TellsLoad, fingerprint
 from offloadd.observe.probes import Prober, open_session
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, ModelFacts, Placement, Probe, ProbeReply
@@ -120,6 +120,22 @@ class Engaged:
             response = connection.getresponse()
             return Reply(response.status, dict(response.getheaders()), response.read())
 
+    @contextlib.contextmanager
+    def begun(self, tokens: int) -> Iterator[None]:
+        """A stream that has begun, and whose client leaves at the end."""
+        model = self.behind.backend.api(self.spec).model
+        body = {**({"model": model} if model else {}), "messages": HELLO, "max_tokens": tokens, "stream": True}
+        connection = self.server.connect()
+        connection.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json", **self.endpoint.headers})
+        response = connection.getresponse()
+        response.readline()
+        try:
+            yield
+        finally:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+            response.close()
+            connection.close()
+
     def cause(self, status: ExitStatus, *, was_ready: bool = False) -> ExitCause:
         return self.behind.backend.explain_exit(status, self.server.log, was_ready=was_ready)
 
@@ -184,18 +200,27 @@ class EngineConformance:
         assert [event["usage"]["completion_tokens"] for event in events[:-1] if event.get("usage")]
 
     def test_a_client_that_leaves_a_stream_ends_its_work(self, shared: Engaged) -> None:
-        model = shared.behind.backend.api(shared.spec).model
-        body = {**({"model": model} if model else {}), "messages": HELLO, "max_tokens": 150, "stream": True}
         for _ in range(shared.spec.parallel + 2):  # more than it has places: each must be given back
-            connection = shared.server.connect()
-            headers = {"Content-Type": "application/json", **shared.endpoint.headers}
-            connection.request("POST", CHAT, json.dumps(body), headers)
-            response = connection.getresponse()
-            response.readline()
-            connection.sock.shutdown(socket.SHUT_RDWR)
-            response.close()
-            connection.close()
+            with shared.begun(150):
+                pass
         assert shared.ask(CHAT, {"messages": HELLO, "max_tokens": 1}).status == 200
+
+    def test_one_that_works_says_so_and_one_that_rests_does_not(self, shared: Engaged) -> None:
+        backend: object = shared.behind.backend
+        question = backend.load_probe(shared.spec) if isinstance(backend, TellsLoad) else None
+        if question is None or not isinstance(backend, TellsLoad):
+            pytest.skip("it is not asked for its load")
+
+        def load() -> int:
+            told = backend.read_load(shared.spec, shared.probe(question))
+            return -1 if told is None else told.running + told.waiting
+
+        def load_with_one() -> bool:
+            with shared.begun(150):
+                return load() == 1  # unless it was over before it was asked
+
+        until(load_with_one, "it tells of a request that runs", 60)
+        until(lambda: load() == 0, "it tells that none runs", 60)
 
     def test_who_does_not_show_the_key_of_the_launch_is_refused(self, shared: Engaged) -> None:
         if not shared.behind.keyed:

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
-from offloadd.plan.balance import EJECTED, FAILURES, RAMP, WELL, Seat, Standing, after_failure, after_success, pick, slots_open
+from dataclasses import replace
+
+from offloadd.plan.balance import (
+    EJECTED,
+    FAILURES,
+    HEARD,
+    RAMP,
+    WELL,
+    Seat,
+    Standing,
+    after_failure,
+    after_success,
+    pick,
+    slots_open,
+)
 from offloadd.state.ids import LOCAL, BackendName, InstanceId, ModelName
+from offloadd.state.observed import Signal
 from offloadd.units import Instant
 
 NOW = Instant(1000.0)
@@ -73,3 +88,25 @@ def test_one_that_fails_again_stays_away_longer() -> None:
     assert again.until == NOW + EJECTED + 2 * EJECTED
     # What was under way when it was put aside says nothing new.
     assert after_failure(standing, now=NOW) == after_success(standing, now=NOW) == standing
+
+
+def hearing(number: int, leases: int, others: int, cache: float | None = None, ago: float = 1.0) -> Seat:
+    return replace(seat(number, leases), signal=Signal(beyond=others, cache=cache, at=Instant(NOW - ago)))
+
+
+def test_requests_that_are_none_of_ours_count_while_the_word_is_fresh() -> None:
+    assert picked(hearing(1, 1, others=4), seat(2, 3)) == 2
+    assert picked(hearing(1, 1, others=4, ago=HEARD + 1), seat(2, 3)) == 1
+    assert picked(hearing(1, 1, others=4), seat(2, 3), known=1) == 1  # within what a known conversation is worth
+    assert picked(hearing(1, 1, others=6), seat(2, 3), known=1) == 2
+
+
+def test_of_equals_the_one_with_more_room_in_its_cache() -> None:
+    assert picked(hearing(1, 2, others=0, cache=0.9), hearing(2, 2, others=0, cache=0.3)) == 2
+    assert picked(hearing(1, 2, others=0, cache=0.92), hearing(2, 2, others=0, cache=0.93)) == 1
+    assert picked(hearing(1, 1, others=0, cache=0.9), hearing(2, 2, others=0, cache=0.3)) == 1
+
+
+def test_an_engines_word_takes_no_slot() -> None:
+    assert picked(hearing(1, 7, others=100)) == 1
+    assert picked(hearing(1, 8, others=0)) is None
