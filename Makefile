@@ -6,7 +6,7 @@ READY   = $(VENV)/.ready
 
 ENGINES_DIR ?= $(or $(OFFLOADD_ENGINES),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/offloadd/engines)
 
-.PHONY: bench docs engines faults soak demo test clients lint format clean systemd install-units
+.PHONY: audit bench docs engines faults fuzz lock soak demo test clients lint format clean systemd install-units
 
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
@@ -21,6 +21,15 @@ faults: $(READY)  ## faults injected into real processes; the table goes to docs
 
 soak: $(READY)  ## mixed clients, killed engines and reloads at once, all counted at the end; ARGS='--seconds 3600' for long
 	$(BIN)/python -m tests.soak $(ARGS)
+
+fuzz: $(READY)  ## every parser of outside bytes against its property; ARGS='--runs 100000' or '--seconds 600' for each
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
+audit: $(READY)  ## known vulnerabilities of what is installed; exit 2 when whoever knows them could not be asked
+	$(BIN)/python .ci/audit.py $(ARGS)
+
+lock: $(READY)  ## what offloadd needs, with digests, for `pip install --require-hashes -r` on machines like this one
+	@$(BIN)/python .ci/lock.py
 
 engines: $(READY)  ## the real vLLM for CPUs, 3.4 GB in OFFLOADD_ENGINES or the user's cache, held to the suite and served by a daemon
 	$(PYTHON) tests/engines/install_vllm.py "$(ENGINES_DIR)/vllm"
@@ -40,11 +49,12 @@ install-units:  ## units, users, folders and message catalogue, below DESTDIR; t
 	if [ "$$(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p')" -ge 254 ]; then \
 	  install -Dm644 -t $(DESTDIR)/usr/lib/systemd/system/ml-offload-api.service.d systemd/drop-ins/notify-reload.conf; fi
 
-lint: $(READY)  ## style, types, and the rule of which layer may import which
+lint: $(READY)  ## style, types, the rule of which layer may import which, and what bandit looks for
 	$(BIN)/ruff check --config .ci/ruff.toml .
 	$(BIN)/ruff format --config .ci/ruff.toml --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --configfile .ci/bandit.yaml offloadd
 
 format: $(READY)
 	$(BIN)/ruff check --config .ci/ruff.toml --fix .

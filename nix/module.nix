@@ -13,7 +13,11 @@ let
 
   render = import ./render.nix { inherit lib; };
   unit = import ./unit.nix { inherit lib; };
-  jsonText = builtins.toJSON (render cfg);
+  rendered = render cfg;
+  jsonText = builtins.toJSON rendered;
+  # Other users that engines run as.
+  engineUsers = lib.unique (lib.filter (name: name != null) (map (backend: backend.user or null) (lib.attrValues (rendered.backends or { }))));
+  changesUser = engineUsers != [ ];
   addresses = cfg.settings.server.listen or [ ];
   ports = lib.filter (port: port != null) (map render.openPort addresses);
 
@@ -132,7 +136,7 @@ in
     };
     kernelcore.system.ml-gpu-users = {
       enable = mkDefault true;
-      users = [ user ];
+      users = [ user ] ++ engineUsers;
     };
 
     kernelcore.ml.offload.settings = {
@@ -155,7 +159,12 @@ in
           (lib.attrValues cfg.backends);
         message = "kernelcore.ml.offload.backends: an engine that runs elsewhere speaks OpenAI's dialect, or is described in settings.backends.";
       }
-    ];
+    ] ++ map
+      (name: {
+        assertion = config.users.users ? ${name};
+        message = "kernelcore.ml.offload: there is no users.users.${name}, as which an engine is to run.";
+      })
+      engineUsers;
 
     users.users.${user} = {
       isSystemUser = true;
@@ -173,14 +182,15 @@ in
       inherit user configPath;
       inherit (cfg) package dataDir environmentFile credentials;
       writable = [ (toString storage.path) ];
+      inherit changesUser;
       control = lib.findFirst (address: lib.hasPrefix "unix:" address) null addresses;
     } // {
       # The file under /etc is swapped before the reload, and its path stays.
       reloadTriggers = [ configFile ];
       # A new program takes the old one's place while the servers run on.
       stopIfChanged = false;
-    };
-    systemd.services.ml-offload-reap = unit.reap { inherit user; inherit (cfg) package dataDir; };
+    } // lib.optionalAttrs changesUser { path = [ pkgs.util-linux ]; };
+    systemd.services.ml-offload-reap = unit.reap { inherit user changesUser; inherit (cfg) package dataDir; };
     systemd.sockets.ml-offload-api = mkIf cfg.socketActivation (unit.socket { inherit user addresses; });
   };
 }

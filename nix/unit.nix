@@ -30,12 +30,16 @@ let
     UMask = "0077";
   };
 
+  # For engines of other users; systemd/drop-ins/engine-users.conf says what it costs.
+  capabilities = changesUser: lib.optionalAttrs changesUser (lib.genAttrs [ "CapabilityBoundingSet" "AmbientCapabilities" ]
+    (_: "CAP_SETUID CAP_SETGID CAP_KILL CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"));
+
   # The reasons for each are in systemd/ml-offload-api.service.
   devices = map (name: "char-${name} rw")
     [ "nvidia" "nvidiactl" "nvidia-frontend" "nvidia-uvm" "nvidia-caps" "nvidia-modeset" "kfd" "drm" "accel" ];
 in
 {
-  service = { package, user, configPath, dataDir, environmentFile, credentials, writable, control }: {
+  service = { package, user, configPath, dataDir, environmentFile, credentials, writable, control, changesUser }: {
     description = "offloadd, owner of this machine's LLM servers";
     wantedBy = [ "multi-user.target" ];
     after = [ "network.target" "remote-fs.target" "nvidia-persistenced.service" ];
@@ -83,11 +87,12 @@ in
       ProtectProc = "invisible";
       RestrictAddressFamilies = [ "AF_UNIX" "AF_INET" "AF_INET6" "AF_NETLINK" ];
       SystemCallErrorNumber = "EPERM";
-    } // lib.optionalAttrs (environmentFile != null) { EnvironmentFile = environmentFile; }
+    } // capabilities changesUser
+      // lib.optionalAttrs (environmentFile != null) { EnvironmentFile = environmentFile; }
       // lib.optionalAttrs (credentials != { }) { LoadCredential = lib.mapAttrsToList (name: path: "${name}:${path}") credentials; };
   };
 
-  reap = { package, user, dataDir }: {
+  reap = { package, user, dataDir, changesUser }: {
     description = "End what a failed offloadd has left running";
     serviceConfig = hardening // state dataDir // {
       Type = "oneshot";
@@ -96,7 +101,7 @@ in
       Group = user;
       PrivateNetwork = true;
       RestrictAddressFamilies = [ "AF_UNIX" ];
-    };
+    } // capabilities changesUser;
   };
 
   socket = { user, addresses }: {

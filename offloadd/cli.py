@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from offloadd import __version__, eventloop, journal, preview
+from offloadd.accounts import trouble_with
 from offloadd.backends import discover
 from offloadd.client import DEFAULT_SERVER, Server
 from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, json_schema, load, read_sources, render_json
@@ -117,7 +118,7 @@ def _load(path: Path) -> Loaded:
         sources = read_sources(path)
     except ConfigUnreadableError as error:
         raise OffloaddError(f"{error.message}", hint=error.hint) from None
-    return load(sources, backends=discover(), secrets=SystemSecrets())
+    return load(sources, backends=discover(), secrets=SystemSecrets(), trouble=trouble_with)
 
 
 def _verdict(path: Path, loaded: Loaded) -> str:

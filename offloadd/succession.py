@@ -93,7 +93,7 @@ def take_place(sockets: Sequence[Heirloom], environment: Mapping[str, str], *, t
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     if any(told):
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # blocked, so it waits for the new program
-    os.execve(program[0], [*program, *given], passed)  # noqa: S606  (the same program again, with no shell in between)
+    os.execve(program[0], [*program, *given], passed)  # noqa: S606  # nosec B606  (the same program again, no shell)
 
 
 def ready_for_signals() -> None:

@@ -124,8 +124,9 @@ def _two(major: int, major_unit: str, minor: int, minor_unit: str) -> str:
 
 
 def _split(text: str, expected: str) -> tuple[float, str]:
-    match = _QUANTITY.fullmatch(text)
-    if match is None or len(text) > 40:
+    # The length first: blanks without end could be read in as many ways.
+    match = _QUANTITY.fullmatch(text) if len(text) <= 40 else None
+    if match is None:
         raise ValueError(f"expected {expected}")
     return float(match[1]), match[2]
 

@@ -250,7 +250,8 @@ def fingerprint(backend: Backend, engine: Engine, spec: ModelSpec, facts: ModelF
     # How deep it sleeps says how much RAM is kept for its weights, and does not show in the launch.
     naps = backend.naps(spec) if isinstance(backend, CanSleep) else None
     deep = [naps.level] if naps else []
-    text = json.dumps([engine.name, *([launch.argv, sorted(launch.env.items())] for launch in launches), where, *deep])
+    who = [engine.user, engine.group] if engine.user else []
+    text = json.dumps([engine.name, *([launch.argv, sorted(launch.env.items())] for launch in launches), where, *deep, *who])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

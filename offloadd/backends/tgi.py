@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -173,7 +174,7 @@ class Tgi(HubEngine):
             *("--port", str(endpoint.port)),
             *("--prometheus-port", str(metrics_port)),
             # An instance that finds another's sockets here deletes them.
-            *("--shard-uds-path", f"/tmp/offloadd-tgi-{endpoint.port}"),  # noqa: S108  (the port makes it this instance's own)
+            *("--shard-uds-path", _meeting_place(endpoint)),
             *("--master-addr", "127.0.0.1"),
             *("--master-port", str(meeting_port)),
             *("--num-shard", str(max(1, len(placement.gpus)))),
@@ -305,6 +306,12 @@ def _is_tgi(body: bytes) -> bool:
         return bool(json.loads(body)["router"])
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _meeting_place(endpoint: Endpoint) -> str:
+    """Of its parts. Whoever could guess it could be there first, so it is made of the launch's own key, which it does not tell."""
+    name = hashlib.sha256(f"{endpoint.port} {endpoint.key}".encode()).hexdigest()[:16]
+    return f"/tmp/offloadd-tgi-{name}"  # noqa: S108  # nosec B108  (nobody guesses it)
 
 
 BACKEND = Tgi()

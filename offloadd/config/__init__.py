@@ -18,7 +18,7 @@ from offloadd.config.files import ConfigUnreadableError, SystemSecrets, read_sou
 from offloadd.config.known import Former, Known, put_back, remembered, texts_of, without
 from offloadd.config.nodes import Node
 from offloadd.config.publish import json_schema
-from offloadd.config.resolve import resolve
+from offloadd.config.resolve import Trouble, resolve
 from offloadd.config.secrets import Secrets, secret_nodes, shown
 from offloadd.config.sections import config_model
 from offloadd.config.source import Mark, SourceText
@@ -77,24 +77,32 @@ class Loaded:
 
 
 def load(
-    sources: Sequence[SourceText], *, backends: Mapping[str, Backend], secrets: Secrets, former: Former | None = None
+    sources: Sequence[SourceText],
+    *,
+    backends: Mapping[str, Backend],
+    secrets: Secrets,
+    former: Former | None = None,
+    trouble: Trouble | None = None,
 ) -> Loaded:
     """Read one config from all its texts. Never raises for what they say: every problem is a diagnostic, all at once.
 
     `former` is what an earlier reading left. It makes this one quicker, and changes nothing of what comes out.
+    `trouble` looks users of engines up on this machine, where that is asked for.
     """
     with _no_collections():
-        return _load(sources, backends, secrets, former or Former())
+        return _load(sources, backends, secrets, former or Former(), trouble)
 
 
-def _load(sources: Sequence[SourceText], backends: Mapping[str, Backend], secrets: Secrets, former: Former) -> Loaded:
+def _load(
+    sources: Sequence[SourceText], backends: Mapping[str, Backend], secrets: Secrets, former: Former, trouble: Trouble | None
+) -> Loaded:
     root, problems = parse_all(sources)
     if root is None:
         return Loaded(None, _sorted(problems, sources), {}, tuple(sources))
     texts = texts_of(root)
     same = former.same(texts, config_model(backends))
     decoded = decode(root, backends=backends, secrets=secrets, same=same)
-    resolved = resolve(decoded, root, backends, same, former)
+    resolved = resolve(decoded, root, backends, same, former, trouble)
     diagnostics = _sorted([*problems, *decoded.problems, *resolved.found], sources)
     rest = without(root, same)  # what is known holds no secret
     seen = _shown(root, rest, same)

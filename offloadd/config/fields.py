@@ -25,6 +25,7 @@ REFUSED = "offloadd_refused"
 _MODEL_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _ALIAS = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$"
 _BACKEND_NAME = r"^[a-z][a-z0-9_-]{0,31}$"
+_ACCOUNT_NAME = r"^[A-Za-z_][A-Za-z0-9_.-]{0,31}$"
 _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]{0,127}$"
 _GPU_NAME = r"^(default|[0-9]{1,3}|[A-Za-z]+-[A-Za-z0-9/-]{1,80})$"
 _DEVICE = r"^([0-9]{1,3}|[A-Za-z]+-[A-Za-z0-9/-]{1,80})$"
@@ -323,6 +324,11 @@ Alias = Annotated[
     str,
     _matching(_ALIAS, "an alias has 1 to 128 letters, digits and . _ : / @ + -, and starts with a letter or digit"),
     Written({"type": "string", "pattern": f"{_ALIAS}|{_PLACEHOLDER}"}),
+]
+AccountName = Annotated[
+    str,
+    _matching(_ACCOUNT_NAME, "expected a user's or a group's name"),
+    Written({"type": "string", "pattern": _ACCOUNT_NAME}),
 ]
 HostName = Annotated[str, _matching(_HOST_NAME, "expected a host name, without a port")]
 Environment = Annotated[dict[EnvKey, Text], Field(max_length=_MAX_ITEMS)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from offloadd.backends.base import Backend
@@ -49,6 +49,9 @@ from offloadd.state.desired import (
 )
 from offloadd.state.ids import BackendName, ModelName
 
+Trouble = Callable[[str, str], tuple[str, str] | None]
+"""Given a user's and a group's name: why this machine cannot run an engine as them, and what to do; None when it can."""
+
 
 @dataclass(slots=True)
 class Resolved:
@@ -67,10 +70,12 @@ def resolve(
     backends: Mapping[str, Backend],
     same: Mapping[str, Known] | None = None,
     former: Former | None = None,
+    trouble: Trouble | None = None,
 ) -> Resolved:
     """Check what `decode` left and make the state of it; only a whole config's state is worth keeping.
 
     Of models that are the `same` as in the `former` config, among the same engines, there is nothing new to find.
+    With `trouble`, users of engines are looked up too. What is wrong with them is a warning: a machine changes, a text does not.
     """
     if decoded.config is None:
         return Resolved()
@@ -85,6 +90,8 @@ def resolve(
         if len(scope.found) > said:
             spoken_of.add(name)
     _check_backends(scope)
+    if trouble is not None:
+        _check_users(scope, trouble)
     _check_names(scope)
     _check_budget(scope)
     scope.found.extend(check_door(decoded.config.server, decoded, root))
@@ -311,6 +318,14 @@ def _check_backends(scope: _Scope) -> None:
             _check_owned(scope, path, section.args, section.env)
 
 
+def _check_users(scope: _Scope, trouble: Trouble) -> None:
+    for name, section in scope.config.backends.items():
+        found = trouble(section.user, section.group or "") if section.user else None
+        if found is not None:
+            message, hint = found
+            scope.found.append(warning(scope.node("backends", name, "user").mark, f"{message}; it would not be started", hint))
+
+
 def _check_names(scope: _Scope) -> None:
     """A client's name for a model leads to one model only."""
     owners: dict[str, tuple[str, Path]] = {name: (name, ("models", name)) for name in scope.config.models}
@@ -375,6 +390,8 @@ def _engine(scope: _Scope, name: BackendName, section: BackendSection) -> Engine
         env=section.env,
         preference=scope.preferences[name],
         stop_command=section.stop_command or (),
+        user=section.user or "",
+        group=section.group or "",
         ready=ReadyRule(path=section.health.path, status=section.health.ready_status) if section.health else None,
         api=(inference.path if inference and not inference.format else "/v1").rstrip("/"),
         wire=to_wire(inference.path, inference.format) if inference and inference.format else None,

@@ -186,6 +186,11 @@ class BackendSection(Section):
     """Arguments for every model, appended as they are."""
     env: fields.Environment = Field(default_factory=dict)
     """Environment variables for every model."""
+    user: fields.AccountName | None = None
+    """Runs its processes as this user, in whose groups they are, and in `video` and `render`. The daemon must be root, or have the
+    capabilities of `systemd/drop-ins/engine-users.conf`; default: the daemon's own user."""
+    group: fields.AccountName | None = None
+    """Their group, in place of the user's own."""
     preference: Annotated[int, Field(ge=0, le=1000)] | None = None
     """Breaks ties between engines: the lowest wins. Built-in engines bring their own, others have 9."""
     health: CustomHealth | None = None
@@ -202,12 +207,14 @@ class BackendSection(Section):
         needs = {"custom": "command", "external": "url"}.get(self.kind or "")
         if needs and getattr(self, needs) is None:
             raise refused(f'an engine of kind "{self.kind}" needs {needs}', at="kind")
-        foreign = {"custom": ("url", "key"), "external": ("command", "stop_command", "args", "env")}
+        foreign = {"custom": ("url", "key"), "external": ("command", "stop_command", "args", "env", "user", "group")}
         for name in foreign.get(self.kind or "", ("health", "inference", "url", "key")):
             if name in self.model_fields_set:
                 raise refused(f"does not belong to {_kind_title(self.kind)}", at=name)
         if self.kind == "external" and self.inference is not None and self.inference.format is None:
             raise refused("says nothing here: url is where an OpenAI API begins", at="inference")
+        if self.group is not None and self.user is None:
+            raise refused("a group needs a user", at="group")
         return self
 
 

@@ -474,7 +474,7 @@ def _devices(value: str) -> Any:
     names = [name.strip() for name in value.split(",") if name.strip()]
     if not names or names == ["-1"]:
         return "cpu"
-    return [int(name) if name.isdigit() else name for name in names]
+    return [int(name) if name.isdecimal() else name for name in names]
 
 
 def _take_source(words: list[str], usual: str) -> tuple[list[str], str]:

@@ -85,7 +85,10 @@ def _read_manifest(store: Path, path: Path) -> _Found:
     parts = [part for part, usual in ((host, _HOME), (namespace, _LIBRARY)) if part != usual]
     name = "/".join((*parts, model)) + ("" if tag == "latest" else f":{tag}")
     found = _Found(name, Mark(str(path), 1, 1))
-    for layer in _json(path).get("layers", ()):
+    layers = _json(path).get("layers")
+    for layer in layers if isinstance(layers, list) else ():
+        if not isinstance(layer, dict):
+            continue
         kind, digest = str(layer.get("mediaType", "")), str(layer.get("digest", ""))
         if kind.startswith(_LAYER) and _DIGEST.fullmatch(digest):
             blob = store.resolve() / "blobs" / digest.replace(":", "-")
@@ -110,7 +113,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             value = json.loads(file.read(_MAX_JSON))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PermanentError(f"cannot read {path}: {error}") from None
     return value if isinstance(value, dict) else {}
 

@@ -69,7 +69,7 @@ def _add(made: Migration, name: str, mark: Mark, keys: dict[str, tuple[str, Mark
         if key == "load-on-startup":
             more |= {"run": "always"} if value in _ON else {}
         elif key == "stop-timeout":
-            more |= {"stop_timeout": f"{value}s"} if value.isdigit() and value != "0" else {}
+            more |= {"stop_timeout": f"{value}s"} if value.isdecimal() and value != "0" else {}
         else:
             flag = _flag(key)
             places[flag] = place

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from offloadd.accounts import Account, AccountError, find_account, step_to
 from offloadd.backends.base import Backend
 from offloadd.environment import engine_environment
 from offloadd.observe.devices.aside import aside
@@ -47,6 +48,11 @@ class EngineFinder:
         try:
             async with asyncio.timeout(_TIMEOUT):
                 found = await aside(lambda: _find(engine.command[0]), name=f"look for {engine.name}")
+                account = await aside(lambda: find_account(engine.user, engine.group), name=f"look for the user of {engine.name}")
+                step = step_to(account)
+        except AccountError as error:
+            hint = f"{error.hint} (backends.{engine.name})"
+            return EngineView(name=engine.name, problem=error.message, hint=hint)
         except (OSError, TimeoutError) as error:
             problem = f"cannot look for {engine.command[0]}: {error or 'no answer from its disk'}"
             return EngineView(name=engine.name, problem=problem, hint="see PATH, and the disks that it names")
@@ -54,16 +60,18 @@ class EngineFinder:
             hint = f"install it, or set backends.{engine.name}.command to its full path"
             return EngineView(name=engine.name, problem=f"{engine.command[0]} is not on PATH", hint=hint)
         path, identity = found
-        said = await self._ask(engine, backend, path, identity)
+        said = await self._ask(engine, backend, (*step, path), identity, account)
         return EngineView(name=engine.name, path=path, version=said.version, gpus=said.gpus)
 
-    async def _ask(self, engine: Engine, backend: Backend, path: str, identity: str) -> _Said:
+    async def _ask(
+        self, engine: Engine, backend: Backend, program: tuple[str, ...], identity: str, account: Account | None
+    ) -> _Said:
         """What it says of itself; asked again next time when it did not answer."""
-        key = (engine.name, identity, engine.command, tuple(sorted(engine.env.items())))
+        key = (engine.name, identity, program, engine.command, tuple(sorted(engine.env.items())))
         if key in self._said:
             return self._said[key]
-        version = await _run(engine, path, backend.version_argv) if backend.version_argv else ""
-        devices = await _run(engine, path, backend.devices_argv) if backend.devices_argv else ""
+        version = await _run(engine, program, account, backend.version_argv) if backend.version_argv else ""
+        devices = await _run(engine, program, account, backend.devices_argv) if backend.devices_argv else ""
         said = _Said(_version_in(version or ""), backend.read_devices(devices or ""))
         if version is not None and devices is not None:
             self._said = {old: known for old, known in self._said.items() if old[0] != engine.name}
@@ -80,17 +88,17 @@ def _find(program: str) -> tuple[str, str] | None:
     return path, f"{os.path.realpath(path)}:{about.st_dev}:{about.st_ino}:{about.st_size}:{about.st_mtime_ns}"
 
 
-async def _run(engine: Engine, path: str, arguments: Sequence[str]) -> str | None:
-    """All that the program prints, on either output; None when it does not end by itself in time."""
+async def _run(engine: Engine, program: Sequence[str], account: Account | None, arguments: Sequence[str]) -> str | None:
+    """All that the program prints, on either output; None when it does not end by itself in time. It runs as its servers will."""
     try:
         process = await asyncio.create_subprocess_exec(
-            path,
+            *program,
             *engine.command[1:],
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            env=engine_environment(engine.env),
+            env=engine_environment(engine.env, account.environment if account else None),
         )
     except OSError:
         return None

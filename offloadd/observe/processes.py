@@ -88,7 +88,7 @@ def _parent(pid: str) -> int:
 
 def _own_pages(pid: int) -> int | None:
     try:
-        resident, shared = (_PROC / str(pid) / "statm").read_bytes().split()[1:3]
+        resident, shared = map(int, (_PROC / str(pid) / "statm").read_bytes().split()[1:3])
     except (OSError, ValueError):
         return None
-    return max(0, int(resident) - int(shared))
+    return max(0, resident - shared)

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from offloadd.errors import RequestError
 from offloadd.proxy import headers
+from offloadd.proxy.dialects import sse
 from offloadd.proxy.dialects.base import Change
 from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.headers import BrokenAnswerError, Fields
@@ -145,14 +146,18 @@ class Stream(asyncio.Protocol):
     def feed(self, piece: bytes) -> None:
         """Send a piece of the body; BrokenStreamError when the dialect cannot make sense of it."""
         if self._change is not None:
-            piece = self._change.feed(piece)
+            with sse.understanding():
+                piece = self._change.feed(piece)
         if piece:
             self._put(piece)
 
     def finish(self, trailer: Fields) -> None:
         """The body is whole."""
-        if self._change is not None and (last := self._change.end()):
-            self._put(last)
+        if self._change is not None:
+            with sse.understanding():
+                last = self._change.end()
+            if last:
+                self._put(last)
         if self._chunked:
             wanted = trailer and "trailers" in self._request.headers.get("TE", "").lower()
             self._write(b"0\r\n%b\r\n" % (headers.trailer_lines(trailer) if wanted else b""))

@@ -139,9 +139,9 @@ class Gateway:
         call = self._call(request, lease, translation.path, msgspec.json.encode(translation.body), as_json=True)
         if stream:
             return await self._stream(request, lease, call, translation.change(), translation.headers)
-        collecting = relay.Collecting(self._pool, self._book, lease, call, translation.gather())
+        collecting = relay.Collecting(self._pool, self._book, lease, call, translation.gather(), translation.whole)
         await collecting.run()
-        body = msgspec.json.encode(translation.whole(collecting.gathered()))
+        body = msgspec.json.encode(collecting.answer)
         return json_answer(request, self._named(request, lease, translation.headers), body)
 
     async def pass_on(
@@ -254,7 +254,7 @@ class Gateway:
         call = self._call(request, lease, path, msgspec.json.encode(openai.as_stream(fields)), as_json=True)
         collecting = relay.Collecting(self._pool, self._book, lease, call, openai.Collector(path, fields.get("n") or 1))
         await collecting.run()
-        return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.gathered()))
+        return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.answer))
 
     async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
         only_streams = self._cancels_only_streams(lease.host.backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
 from offloadd.errors import RequestError
@@ -423,16 +423,23 @@ class Reading(Exchange):
 
 
 class Collecting(Exchange):
-    """Puts a whole answer together from a stream."""
+    """Puts a whole answer together from a stream; `whole` says it in the client's words."""
 
-    def __init__(self, pool: Pool, book: LeaseBook, lease: Lease, call: Call, gathering: Gathering) -> None:
+    answer: Object | list[Object]
+
+    def __init__(
+        self,
+        pool: Pool,
+        book: LeaseBook,
+        lease: Lease,
+        call: Call,
+        gathering: Gathering,
+        whole: Callable[[Object], Object | list[Object]] = lambda answer: answer,
+    ) -> None:
         super().__init__(pool, book, lease, call)
         self._gathering = gathering
+        self._whole = whole
         self._reader = sse.EventReader()
-
-    def gathered(self) -> Object:
-        """The whole answer."""
-        return self._gathering.answer()
 
     def _begin(self, head: Head) -> None:
         """Its events say all there is to say."""
@@ -441,8 +448,9 @@ class Collecting(Exchange):
         self._size += len(piece)
         if self._size > MAX_BUFFERED:
             raise RequestError(502, "answer_too_large", f"the backend's answer is larger than {MAX_BUFFERED} bytes")
-        for payload in self._reader.feed(piece):
-            self._gathering.add(sse.decode(payload))
+        with sse.understanding():
+            for payload in self._reader.feed(piece):
+                self._gathering.add(sse.decode(payload))
 
     def _end(self, trailer: Fields) -> None:
         if self._gathering.error is not None:
@@ -451,6 +459,8 @@ class Collecting(Exchange):
             raise error
         if not self._gathering.complete:
             raise ConnectionResetError("its answer broke off")
+        with sse.understanding():
+            self.answer = self._whole(self._gathering.answer())
 
 
 class Passing(Exchange):

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
+from offloadd.accounts import Account, AccountError, find_account
 from offloadd.backends.base import Backend
 from offloadd.backends.words import fill
 from offloadd.clock import Clock
@@ -244,7 +245,10 @@ class Instance:
         if self._stopping.is_set():
             return await self._never_lived(ExitCause(kind=ExitKind.STOPPED, message=self._stop_why))
         try:
-            self._spawn()
+            self._spawn(await asyncio.to_thread(find_account, self._engine.user, self._engine.group))
+        except AccountError as error:
+            cause = ExitCause(kind=ExitKind.NOT_STARTED, message=f"not started: {error.message}", hint=error.hint)
+            return await self._never_lived(cause)
         except OSError as error:
             return await self._never_lived(self._not_started(error))
         return None
@@ -347,10 +351,11 @@ class Instance:
         self._since = self._tools.clock.now()
         self._tools.changed(self.id)
 
-    def _spawn(self) -> None:
+    def _spawn(self, account: Account | None) -> None:
         action, endpoint = self._action, self._life.endpoint
         launch = self.backend.launch(self._engine, action.spec, action.candidate.facts, action.placement, endpoint)
-        process = self._tools.launcher.spawn(launch, mark=self._life.mark, log_path=self._tools.logs.path(self.id))
+        log_path = self._tools.logs.path(self.id)
+        process = self._tools.launcher.spawn(launch, mark=self._life.mark, log_path=log_path, account=account)
         self._process = process
         said = self._about(EventKind.INSTANCE_SPAWNED, pid=process.pid, port=endpoint.port)
         log.info("%s: pid %d on port %d: %s", self.id, process.pid, endpoint.port, action.why, extra=said)
@@ -573,7 +578,7 @@ class Instance:
         words = fill(self._engine.stop_command, self._action.spec, self._action.candidate.facts, self._life.endpoint)
         if not words:
             return False
-        problem = await run_stop_command(words, self._engine.env, limit)
+        problem = await run_stop_command(words, self._engine, limit)
         if problem and not self._ended:
             log.warning("%s: stop_command: %s", self.id, problem, extra=self._about(EventKind.INSTANCE_STOPPING))
         return True

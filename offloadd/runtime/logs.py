@@ -140,7 +140,7 @@ class LogFolder:
 
 def printable(line: str, length: int = _LINE_LENGTH) -> str:
     """One line without colours or control characters, cut to a length that a log line can carry."""
-    return _CONTROL.sub("", line.replace("\t", " "))[:length]
+    return _CONTROL.sub("", line.replace("\t", " ").replace("\n", " "))[:length]
 
 
 def _cut(path: Path) -> int:

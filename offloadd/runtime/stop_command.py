@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
+from offloadd.accounts import AccountError, find_account, step_to
 from offloadd.environment import engine_environment
+from offloadd.state.desired import Engine
 from offloadd.units import Seconds
 
 
-async def run_stop_command(words: Sequence[str], env: Mapping[str, str], limit: Seconds) -> str:
-    """Run it to its end, or kill it after `limit`; why it failed, empty when it did not."""
+async def run_stop_command(words: Sequence[str], engine: Engine, limit: Seconds) -> str:
+    """Run it to its end as the engine's user, or kill it after `limit`; why it failed, empty when it did not."""
+    try:
+        account = await asyncio.to_thread(find_account, engine.user, engine.group)
+        step = step_to(account)
+    except AccountError as error:
+        return error.message
     try:
         process = await asyncio.create_subprocess_exec(
+            *step,
             *words,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
-            env=engine_environment(env),
+            env=engine_environment(engine.env, account.environment if account else None),
             start_new_session=True,
         )
     except OSError as error:

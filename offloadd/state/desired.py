@@ -125,6 +125,10 @@ class Engine:
     preference: int = 9
     stop_command: tuple[str, ...] = ()
     """Ends a server that signals to `command` do not reach."""
+    user: str = ""
+    """Who its processes run as; empty for the daemon's own user."""
+    group: str = ""
+    """Their group; empty for the user's own."""
     ready: ReadyRule | None = None
     """How it says that it is ready; None leaves that to its adapter."""
     api: str = "/v1"

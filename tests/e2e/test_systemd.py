@@ -88,6 +88,8 @@ def operating(real: Real, folder: Path, *drop_ins: str, tree: Path | None = None
         extra += f"{seen}Environment=OFFLOADD_SERVER=unix:/run/offloadd/api.sock\n"
         for service, text in ((SERVICE, extra), (REAPER, f"[Service]\n{seen}")):
             (units / f"{service}.d").mkdir(exist_ok=True)
+            for name in {*drop_ins} & {"engine-users"}:
+                shutil.copy(UNITS / f"drop-ins/{name}.conf", units / f"{service}.d")
             (units / f"{service}.d/test.conf").write_text(text)
         shutil.copytree(units, machine.root / "run/units", dirs_exist_ok=True)
         for program, option in (("sysusers", ""), ("tmpfiles", "--create")):
@@ -257,3 +259,40 @@ def test_a_newer_systemd_follows_the_reload_itself_and_reports_the_verdict(real:
         assert (operator.main_pid, operator.servers()) == (main, before)
         assert operator.machine.systemctl("stop", SERVICE).returncode == 0
         assert operator.servers() == []
+
+
+def test_an_engine_of_another_user_under_the_drop_in(real: Real, tmp_path: Path) -> None:
+    """The service is no root, and sees no other users' processes but by the capabilities of the drop-in."""
+    with operating(real, tmp_path, "engine-users") as operator:
+        operator.write(json.dumps({**json.loads(operator.config()), "backends": {"llamacpp": {**real.llamacpp, "user": "nobody"}}}))
+        assert operator.machine.systemctl("start", SERVICE).returncode == 0
+        operator.wait_status("1 of 2 models ready (a)")
+        operator.answers()
+        (server,) = operator.servers()
+        assert powers(operator, server) == (65534, 0)
+        assert powers(operator, operator.main_pid)[1]
+        first = operator.main_pid
+        operator.signal("KILL")
+        until(lambda: operator.show("SubState") == "running" and operator.main_pid not in (0, first), "systemd has started another")
+        operator.wait_status("1 of 2 models ready (a)")
+        assert operator.servers() == [server]
+        operator.write(operator.config())  # the daemon's own user: nothing of the daemon's capabilities for it either
+        assert operator.machine.systemctl("reload", SERVICE).returncode == 0
+        until(lambda: operator.servers() not in ([server], []), "another server takes its place")
+        until(lambda: server not in operator.servers(), "the old one is gone")
+        (second,) = operator.servers()
+        uid, capabilities = powers(operator, second)
+        assert uid not in (0, 65534)
+        assert capabilities == 0
+        operator.write(json.dumps({**json.loads(operator.config()), "backends": {"llamacpp": {**real.llamacpp, "user": "nobody"}}}))
+        assert operator.machine.systemctl("reload", SERVICE).returncode == 0
+        until(lambda: operator.servers() and powers(operator, operator.servers()[0])[0] == 65534, "it is nobody's again")
+        assert operator.machine.systemctl("stop", SERVICE).returncode == 0
+        assert operator.servers() == []
+
+
+def powers(operator: Operator, pid: int) -> tuple[int, int]:
+    """A process's user, and what it is capable of."""
+    lines = (operator.machine.root / f"proc/{pid}/status").read_text().splitlines()
+    found = dict(line.split(":", 1) for line in lines)
+    return int(found["Uid"].split()[0]), int(found["CapEff"], 16) | int(found["CapAmb"], 16) | int(found["CapInh"], 16)

@@ -165,6 +165,20 @@ def test_wrong_backends_are_told(nix: Nix) -> None:
     ]
 
 
+def test_engines_of_other_users_have_a_user_and_a_unit_that_can_become_it(nix: Nix) -> None:
+    settings = 'backends.llamacpp = { package = pkgs.llama-cpp; user = "llama"; };'
+    made = nix.machine(settings)
+    assert made["failed"] == ["kernelcore.ml.offload: there is no users.users.llama, as which an engine is to run."]
+    given = _shipped(UNITS / "drop-ins/engine-users.conf")
+    for unit in ("ml-offload-api", "ml-offload-reap"):
+        service = made["services"][unit]["serviceConfig"]
+        assert {name: _spelled(service[name]) for name in given} == given
+    assert made["services"]["ml-offload-api"]["path"] == ["/nix/store/util-linux"]
+    assert made["groups"]["render"]["members"] == ["ml-offload", "llama"]
+    plain = nix.machine("")["services"]["ml-offload-api"]
+    assert (plain["serviceConfig"]["CapabilityBoundingSet"], "path" in plain) == ("", False)
+
+
 def test_its_units_are_the_shipped_ones_and_systemd_takes_them(nix: Nix, tmp_path: Path) -> None:
     made = nix.machine(MACHINES / "minimal.nix")
     for unit, known in (

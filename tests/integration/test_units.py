@@ -35,7 +35,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(find: Callable[[], Systemd],
 
 
 @everywhere
-@pytest.mark.parametrize("drop_in", ["kill-all", "offline"])
+@pytest.mark.parametrize("drop_in", ["kill-all", "offline", "engine-users"])
 def test_systemd_finds_nothing_wrong_with_a_drop_in(find: Callable[[], Systemd], drop_in: str, tmp_path: Path) -> None:
     said = verify(find(), staged(tmp_path / "units", drop_in))
     assert (said.returncode, said.stderr) == (0, "")

@@ -12,6 +12,7 @@ let
     llama-cpp = package "llama-cpp" "llama-server";
     vllm = package "vllm" "vllm";
     text-generation-inference = package "tgi" "text-generation-launcher";
+    util-linux = package "util-linux" "setpriv";
     whisper-cpp = package "whisper-cpp" "whisper-server";
   };
   stubs = {

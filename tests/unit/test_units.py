@@ -1,6 +1,7 @@
 """Sizes, shares and spans: what is read, what is refused, how they print."""
 
 import contextlib
+import time
 
 import pytest
 from hypothesis import given
@@ -104,3 +105,11 @@ def test_plain_bytes_are_read_as_they_are(value):
 def test_texts_that_differ_in_figures_alone_have_one_gist(one: str, other: str) -> None:
     assert gist(one) == gist(other)
     assert gist(one) != gist(f"not {one}")
+
+
+@pytest.mark.parametrize("parse", [parse_bytes, parse_size, parse_seconds])
+def test_blanks_without_end_are_refused_at_once(parse):
+    began = time.process_time()
+    with pytest.raises(ValueError, match="expected"):
+        parse("5" + " " * 10**6 + "!")
+    assert time.process_time() - began < 1

@@ -53,7 +53,7 @@ def within_cgroups(ram: Ram, *, cgroups: Path = CGROUPS, membership: Path = MEMB
 def _groups(cgroups: Path, membership: Path) -> Iterator[tuple[Path, _Names]]:
     """The group of this process and its parents up to the mount, for each hierarchy that manages memory."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
     for line in lines:
@@ -80,9 +80,10 @@ def _limit(folder: Path, names: _Names) -> int | None:
 def _number(file: Path) -> int | None:
     """The file's number; None for `max`, and for a file that isn't there."""
     try:
-        return int(file.read_text())
+        text = file.read_text().strip()
     except (OSError, ValueError):
         return None
+    return int(text) if text.isdecimal() else None
 
 
 def _cache(folder: Path, names: _Names) -> int:

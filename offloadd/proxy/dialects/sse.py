@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -20,6 +21,15 @@ class CutStreamError(BrokenStreamError):
 
     def __init__(self) -> None:
         super().__init__("the stream ended before the answer did")
+
+
+@contextmanager
+def understanding() -> Iterator[None]:
+    """Within it an engine's events are read: parts of other kinds than they should be are a BrokenStreamError."""
+    try:
+        yield
+    except (AttributeError, TypeError, LookupError, ValueError, OverflowError, RecursionError) as error:
+        raise BrokenStreamError(f"an event is not as expected: {type(error).__name__}: {error}") from None
 
 
 def event(payload: object, name: str = "") -> bytes:

@@ -188,4 +188,5 @@ def _say(event: str, **more: object) -> None:
 
 
 if __name__ == "__main__":
+    os.umask(0o022)  # engines that run as other users read them; who may is for the models' folder to say
     sys.exit(main(sys.argv[1:]))

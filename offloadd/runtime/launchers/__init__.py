@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from offloadd.accounts import Account
 from offloadd.state.launch import ExitStatus, Launch
 from offloadd.state.life import Life, ProcessId
 from offloadd.units import Bytes
@@ -51,8 +52,11 @@ class Process(Protocol):
 class Launcher(Protocol):
     """Starts processes."""
 
-    def spawn(self, launch: Launch, *, mark: str, log_path: Path) -> Process:
-        """Start it with `mark` in its environment and all its output appended to `log_path`; OSError when that fails."""
+    def spawn(self, launch: Launch, *, mark: str, log_path: Path, account: Account | None = None) -> Process:
+        """Start it with `mark` in its environment and all its output appended to `log_path`; OSError when that fails.
+
+        It runs as `account`, or as ourselves for None; AccountError when that cannot be.
+        """
         ...
 
     def find(self, life: Life) -> ProcessId | None:

@@ -72,7 +72,7 @@ class Group:
         peak = self._read("memory.peak")
         return GroupEvidence(
             oom_kills=self._count("memory.events", "oom_kill"),
-            peak=Bytes(int(peak)) if peak.strip().isdigit() else None,
+            peak=Bytes(int(peak)) if peak.strip().isdecimal() else None,
         )
 
     def remove(self) -> None:
@@ -85,8 +85,7 @@ class Group:
             self.path.rmdir()
 
     def _pids(self) -> Iterator[int]:
-        for line in self._read("cgroup.procs").split():
-            yield int(line)
+        yield from map(int, filter(str.isdecimal, self._read("cgroup.procs").split()))
 
     def _count(self, name: str, key: str) -> int:
         found = re.search(rf"^{key} (\d+)$", self._read(name), re.MULTILINE)
@@ -94,7 +93,7 @@ class Group:
 
     def _read(self, name: str) -> str:
         try:
-            return (self.path / name).read_text()
+            return (self.path / name).read_text(errors="replace")
         except OSError:
             return ""
 
@@ -158,23 +157,29 @@ def delegated(home: Path) -> Groups | None:
 def _own_folder() -> Path | None:
     """Our group as a folder, where version 2 is mounted."""
     try:
-        entry = next(line for line in (_SELF / "cgroup").read_text().splitlines() if line.startswith("0::"))
-        mounts = (_SELF / "mountinfo").read_text().splitlines()
+        # Folders may have any name, and what cannot be read as text must be found all the same.
+        entry = next(line for line in _text(_SELF / "cgroup").splitlines() if line.startswith("0::"))
+        mounts = _text(_SELF / "mountinfo").splitlines()
     except (OSError, StopIteration):
         return None
     for mount in mounts:
         before, _, after = mount.partition(" - ")
-        if after.startswith("cgroup2 "):
-            root, point = before.split()[3:5]
-            below = Path(entry.removeprefix("0::")).relative_to("/")
+        fields = before.split()
+        if after.startswith("cgroup2 ") and len(fields) > 4:
+            root, point = fields[3:5]
+            below = Path(entry.removeprefix("0::").lstrip("/"))
             if root != "/" and below.is_relative_to(root.lstrip("/")):
                 below = below.relative_to(root.lstrip("/"))
             found = Path(point) / below
             try:
                 return found if found.is_dir() else None
-            except OSError:  # a folder above it is closed to us
+            except (OSError, ValueError):  # a folder above it is closed to us, or it is no name of a folder
                 return None
     return None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="surrogateescape")
 
 
 def _count_memory(base: Path, folder: Path) -> None:

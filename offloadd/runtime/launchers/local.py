@@ -13,6 +13,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 
+from offloadd.accounts import Account, step_to
 from offloadd.environment import engine_environment
 from offloadd.runtime.launchers import Remains
 from offloadd.runtime.launchers.cgroups import Group, GroupEvidence, delegated
@@ -58,13 +59,13 @@ class LocalProcess:
     def terminate(self) -> None:
         """SIGTERM to the leader."""
         if not self._ended:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # another user's, and we have lost the right to: see `stuck`
                 signal.pidfd_send_signal(self._pidfd, signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL to the whole tree. While the leader is not known to have ended, the group's number is its own."""
         if not self._ended:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             self._kill_rest()
 
@@ -132,13 +133,14 @@ class LocalLauncher:
         self._groups = delegated(home)
         self.boot = boot_id()
 
-    def spawn(self, launch: Launch, *, mark: str, log_path: Path) -> LocalProcess:
+    def spawn(self, launch: Launch, *, mark: str, log_path: Path, account: Account | None = None) -> LocalProcess:
         """Run it with no standard input. A file takes its output: a pipe would stop it when nobody reads, or die with us."""
+        step = step_to(account)
         group = self._make_group(mark)
-        variables = self._environment(launch.env, mark)
+        variables = self._environment(launch.env, mark, account)
         with log_path.open("ab", buffering=0) as log:
             child = subprocess.Popen(
-                launch.argv if group is None else _entering(group, launch.argv, variables),
+                _behind(step, group, launch.argv, variables),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -247,17 +249,24 @@ class LocalLauncher:
             if environment(pid, _MARKS).get(HOME_MARK) == str(self._home) and (found := stat(pid)) is not None:
                 yield found
 
-    def _environment(self, added: Mapping[str, str], mark: str) -> dict[str, str]:
-        return engine_environment({**added, MARK: mark, HOME_MARK: str(self._home)})
+    def _environment(self, added: Mapping[str, str], mark: str, account: Account | None) -> dict[str, str]:
+        who = account.environment if account else None
+        return engine_environment({**added, MARK: mark, HOME_MARK: str(self._home)}, who)
 
 
-def _entering(group: Group, argv: tuple[str, ...], variables: Mapping[str, str]) -> tuple[str, ...]:
-    """The command line behind a step into the group; OSError as the program itself would give it when it cannot be run."""
+def _behind(step: tuple[str, ...], group: Group | None, argv: tuple[str, ...], variables: Mapping[str, str]) -> tuple[str, ...]:
+    """The command line behind a step into the group, which only we may take, and then one to its user.
+
+    OSError as the program itself would give it when it cannot be run.
+    """
+    if not step and group is None:
+        return argv
     program = shutil.which(argv[0], path=variables.get("PATH"))
     if program is None:
         there = Path(argv[0]).exists()
         raise PermissionError(13, "Permission denied") if there else FileNotFoundError(2, "No such file or directory")
-    return ("/bin/sh", "-c", _ENTER, str(group.path / "cgroup.procs"), program, *argv[1:])
+    enter = () if group is None else ("/bin/sh", "-c", _ENTER, str(group.path / "cgroup.procs"))
+    return (*enter, *step, program, *argv[1:])
 
 
 def _identity(pid: int) -> ProcessId:

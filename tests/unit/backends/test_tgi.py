@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -56,7 +57,9 @@ def test_nothing_is_left_to_a_variable_with_a_plain_name() -> None:
     words = argv(on(8 * GIB, 0))
     assert (after("--hostname", words), after("--port", words)) == ("127.0.0.1", "41000")
     assert (after("--prometheus-port", words), after("--master-port", words)) == ("41001", "41002")
-    assert after("--shard-uds-path", words).endswith("-41000")
+    assert re.fullmatch(r"/tmp/offloadd-tgi-[0-9a-f]{16}", after("--shard-uds-path", words))
+    other = BACKEND.launch(ENGINE, spec(), FACTS, on(8 * GIB, 0), replace(AT, key="another")).argv
+    assert after("--shard-uds-path", words) != after("--shard-uds-path", list(other)), "whoever can guess it can be there first"
     assert after("--model-id", words) == "org/model"
     assert after("--usage-stats", words) == "off"
     assert after("--num-shard", words) == "1"

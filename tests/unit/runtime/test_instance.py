@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from offloadd.accounts import Account
 from offloadd.backends.llamacpp import BACKEND
 from offloadd.clock import SystemClock
 from offloadd.runtime import instance as subject
@@ -52,7 +53,7 @@ class Script:
 
     def keep_exits(self, boot: str, model: ModelName, records: Sequence[ExitRecord]) -> None: ...
 
-    def spawn(self, launch: Launch, *, mark: str, log_path: Path) -> Script:
+    def spawn(self, launch: Launch, *, mark: str, log_path: Path, account: Account | None = None) -> Script:
         self.steps.append("spawn")
         return self
 
