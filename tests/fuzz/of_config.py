@@ -54,7 +54,7 @@ def _loaded(data: bytes) -> None:
     found = load([SourceText("c.yaml", text)], backends=BACKENDS, secrets=Vault(), trouble=lambda user, group: ("no", "hint"))
     assert found.ok == (not found.errors)
     assert found.ok or found.errors
-    lines = text.count("\n") + text.count("\r") + 2
+    lines = 2 + sum(map(text.count, "\n\r\x85\u2028\u2029"))  # all that ends a line in YAML
     for each in found.diagnostics:
         assert 1 <= each.mark.line <= lines, each
         assert each.mark.column >= 1, each
