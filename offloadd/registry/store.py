@@ -117,7 +117,7 @@ class Registry:
                 with self._transaction(self._database):
                     self._write(batch, now)
                     if self._writes % PRUNE_EVERY == 0:
-                        _prune(now)
+                        self._prune(now)
             except (PeeweeException, OSError) as error:
                 self._failed(error, "written")
                 return False
@@ -226,6 +226,12 @@ class Registry:
             here = (FoundRecord.host == self._host) & FoundRecord.path.in_(gone[start : start + _ROWS])
             FoundRecord.update(gone=True, seen_at=now).where(here).execute()
 
+    def _prune(self, now: float) -> None:
+        """Forget, but not what lies here still: its row is written when it changes, and it is seen at every look."""
+        is_here = (FoundRecord.host == self._host) & ~FoundRecord.gone & (FoundRecord.seen_at < now - DAY_S)
+        FoundRecord.update(seen_at=now).where(is_here).execute()
+        _prune_all(now)
+
 
 def _said(error: BaseException) -> str:
     # A full disk ends SQLite's transaction by itself; that there is none left to roll back is then not what went wrong.
@@ -272,7 +278,7 @@ def _add_usage(model: ModelName, day: str, usage: Usage) -> None:
     ).execute()
 
 
-def _prune(now: float) -> None:
+def _prune_all(now: float) -> None:
     """Forget what is too old, and of what is too much those not seen for longest."""
     FoundRecord.delete().where(FoundRecord.seen_at < now - FOUND_AGE_S).execute()
     UsageRecord.delete().where(UsageRecord.day < day_of(now - USAGE_AGE_S)).execute()

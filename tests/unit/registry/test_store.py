@@ -153,6 +153,21 @@ def test_models_on_disk_come_back_whole_and_belong_to_their_host(registry: Regis
     assert shelf.names == {"/m/one.gguf": "other", "/m/two.gguf": "two"}
 
 
+def test_a_model_that_lies_unchanged_for_years_is_not_forgotten(registry: Registry, place: Place) -> None:
+    now = 1.8e9
+    registry.write(Batch(found={"/m/one.gguf": found("one", "/m/one.gguf"), "/m/two.gguf": found("two", "/m/two.gguf")}), now)
+    registry.write(Batch(found={"/m/two.gguf": None}), now)
+    with again(place, "there") as other:
+        other.write(Batch(found={"/m/one.gguf": found("theirs", "/m/one.gguf")}), now)
+    for year in (1, 2):
+        with again(place, "here") as later:
+            later.write(Batch(loads=[load(now + year * 365 * store.DAY_S)]), now + year * 365 * store.DAY_S)
+            assert later.found().present == {"/m/one.gguf": found("one", "/m/one.gguf")}
+            assert "/m/two.gguf" not in later.found().names
+    with again(place, "there") as other:
+        assert other.found().present == {}  # of a machine that nobody has heard of since
+
+
 def test_what_could_not_be_written_joins_what_came_since() -> None:
     before, later = Batch(footprints={"k": footprint(9)}), Batch(footprints={"k": footprint(5), "l": footprint(1)})
     before.count(A, "2026-11-25", Usage(answered=1))
