@@ -23,7 +23,6 @@ python3Packages.buildPythonApplication {
     rich
     typer
     uvloop
-    watchfiles
     yarl
   ];
 

@@ -41,6 +41,7 @@ class Catalog:
         self._changed = changed
         self._made: list[tuple[DesiredState, Mapping[ModelName, Found], Served]] = []
         """What was worked out, what was asked for last first: for what is served, and for what is about to be."""
+        self._searched: tuple[object, Sequence[Store]] = (None, ())
         self._published: Mapping[ModelName, Found] = {}
         self.discovery = Discovery(stores=self._stores, read_shape=read_model, aside=aside, changed=self._other_files)
 
@@ -130,12 +131,18 @@ class Catalog:
         return self._published if config.discovery.enabled else _NOTHING
 
     def _stores(self) -> Sequence[Store]:
+        """What to search. Blocks, for it looks into folders."""
         config = self._config()
         if not config.discovery.enabled:
             return ()
+        if self._searched[0] is config:
+            return self._searched[1]
         stores = stores_of(config.storage.models_path, config.discovery.stores, os.environ)
         # The daemon's own folder has no models, and its logs change all the time.
-        return [store for store in stores if Path(store.path) != Path(config.storage.data_dir)]
+        stores = [store for store in stores if Path(store.path) != Path(config.storage.data_dir)]
+        if config.discovery.stores == "auto":
+            self._searched = (config, stores)  # how a folder that the config names is laid out may change
+        return stores
 
     def _other_files(self, changed: Mapping[str, Found | None]) -> None:
         self._recorder.found(changed)

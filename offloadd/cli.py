@@ -15,7 +15,6 @@ from offloadd.backends import discover
 from offloadd.client import DEFAULT_SERVER, Server
 from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, json_schema, load, read_sources, render_json
 from offloadd.daemon import serve
-from offloadd.demo import run_demo
 from offloadd.errors import OffloaddError
 from offloadd.migrate.commands import app as import_app
 from offloadd.runtime.reap import reap as end_leftovers
@@ -104,6 +103,9 @@ def demo(
     port: Annotated[int, typer.Option(help="Port to listen on; taken from the free ones if it is in use.")] = 9000,
 ) -> None:
     """Serve a small real model with a real llama-server, and ask it something through the port."""
+    # It paints what it shows, with a library that a daemon's start must not wait for.
+    from offloadd.demo import run_demo
+
     asyncio.run(run_demo(once=once, question=question, port=port))
 
 

@@ -60,7 +60,7 @@ from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.keeping import KeepBook
 from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.upstream import Pool
-from offloadd.registry.content import content_of_model
+from offloadd.registry.content import content_of_model, parts_of
 from offloadd.registry.hub.jobs import Pulls
 from offloadd.registry.lives import LifeBook
 from offloadd.registry.readers import read_model
@@ -75,6 +75,7 @@ from offloadd.runtime.orphans import take_up
 from offloadd.runtime.reconciler import Reconciler
 from offloadd.runtime.reload import ConfigStore, explain
 from offloadd.runtime.signals import Signals
+from offloadd.runtime.warm import Warmer
 from offloadd.runtime.wishes import WishBook
 from offloadd.state.actions import Decision, ModelState, Plan
 from offloadd.state.demand import Demand
@@ -167,6 +168,8 @@ class Daemon:
         self._pulls = Pulls(
             folder=lambda: store.applied.desired.storage.models_path[0], wall=clock.wall, landed=self._catalog.discovery.look_soon
         )
+        self._tended = True
+        """Whether logs of instances may have to be seen to once more."""
         self._look_soon = asyncio.Event()
         self._read_now = asyncio.Event()
         self._begun = store.applied.desired
@@ -189,6 +192,7 @@ class Daemon:
         self._keeping = KeepBook()
         self._wishes = WishBook(clock=clock, wake=self._wake, newest=lambda model: self._executor.newest(model))
         self._loans = LoanBook(clock=clock, wake=self._wake, measured=self._observer.holdings.of)
+        self._warmer = Warmer(parts_of)
         self._executor = Executor(backends, lambda name: store.applied.desired.engines[name], self._tools(), self._loans.grant)
         self.ending = Ending(
             clock,
@@ -257,6 +261,7 @@ class Daemon:
             await self.ending.run()
             for task in tasks:
                 task.cancel()
+        self._warmer.stop()
         await self._pulls.close()
         await self._chronicle.close()
         await asyncio.to_thread(self._lives.close)
@@ -506,6 +511,9 @@ class Daemon:
     async def _trim_logs(self) -> None:
         await asyncio.sleep(TRIM if self._executor.views() else QUIET_TRIM)
         views = dict(self._executor.views())
+        if not views and not self._tended and not self._lives.problem:
+            return  # nobody writes, and a change of threads for nothing is a good part of what an idle daemon costs
+        self._tended = bool(views)
 
         def tend() -> None:
             self._forwarder.forward(views)
@@ -569,6 +577,7 @@ class Daemon:
         if plan.actions:
             self._ready_hosts.changed()
         self._loans.refuse(plan)
+        self._warmer.follow(plan.warm)
         self._service.changed()
         # Before the next request can come in: those that wait see the decisions and instances of this plan.
         self._book.serve_all()

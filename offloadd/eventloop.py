@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Coroutine
-from importlib.metadata import version
 from typing import Any
 
 try:
@@ -15,7 +14,7 @@ except ImportError:
     NAME = "asyncio's event loop"
 else:
     _factory = uvloop.new_event_loop
-    NAME = f"uvloop {version('uvloop')}"
+    NAME = f"uvloop {uvloop.__version__}"  # type: ignore[attr-defined]
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

@@ -58,6 +58,8 @@ class EventKind(StrEnum):
     MODELS_FOUND = "models-found"
     """Model files are on disk that were not there, or are now something else than they were."""
     MODEL_GONE = "model-gone"
+    MODEL_WARMED = "model-warmed"
+    """The files of a model that may be next are read into the page cache, or were."""
     PULL = "pull"
     """A download began, ended or failed."""
     ADMIN_CALL = "admin-call"

@@ -37,6 +37,7 @@ def explain_routes(recent: Recent, look: Look, find: Find) -> list[web.RouteDef]
             "as_of": picture.wall,
             "decisions": [_decision(picture, spec) for spec in picture.desired.models.values()],
             "loans": dict(picture.plan.loans),
+            "warm": _warm(picture),
             "history": _listed(recent.latest(), limit),
         }
         return web.json_response(answer)
@@ -80,6 +81,14 @@ def _decision(picture: Picture, spec: ModelSpec) -> dict[str, Any]:
         "requests_waiting": waiting.count if waiting else 0,
         "oldest_wait_s": round(picture.now - waiting.oldest, 3) if waiting else None,
     }
+
+
+def _warm(picture: Picture) -> dict[str, Any] | None:
+    """Whose files are read ahead, and why; None when nobody's are, or they are none of the caller's business."""
+    warm = picture.plan.warm
+    if warm is None or warm.model not in picture.desired.models:
+        return None
+    return {"model": warm.model, "reason": warm.sentence, "size_bytes": warm.size}
 
 
 def _of_request(recent: Recent, name: str, limit: int) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Patience:
         self._connections: dict[asyncio.Transport, _Connection] = {}
         self._peers: Counter[str] = Counter()
         self._bodies: dict[int, _Body] = {}
+        self._somebody = asyncio.Event()
         self.refused = 0
 
     def guard(self, server: web.Server | None) -> None:
@@ -97,8 +98,11 @@ class Patience:
     async def run(self) -> None:
         """Look around for ever."""
         while True:
+            await self._somebody.wait()  # an idle daemon need not look around
             await asyncio.sleep(SWEEP)
             self.sweep()
+            if not self._connections:
+                self._somebody.clear()
 
     def sweep(self) -> None:
         """End what has waited for too long."""
@@ -126,6 +130,7 @@ class Patience:
             self.refused += 1
             return False
         self._connections[transport] = _Connection(peer, self._clock.now())
+        self._somebody.set()
         if peer:
             self._peers[peer] += 1
         return True

@@ -125,7 +125,12 @@ def _server(section: Server) -> ServerSpec:
 
 
 def _storage(section: Storage) -> StorageSpec:
-    return StorageSpec(data_dir=section.data_dir, models_path=section.models_path, registry=section.registry or "")
+    return StorageSpec(
+        data_dir=section.data_dir,
+        models_path=section.models_path,
+        registry=section.registry or "",
+        warm_next=section.warm_next,
+    )
 
 
 @dataclass(slots=True)

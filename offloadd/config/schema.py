@@ -120,6 +120,9 @@ class Storage(Section):
     """Where a model's `source` is looked for, in this order."""
     registry: fields.RegistryUrl | None = None
     """`postgresql://user:${file:/path}@host/name` for a registry that several daemons share; default: a file in `data_dir`."""
+    warm_next: bool = _STORAGE.warm_next
+    """Whether the files of the on-demand model that was used last and is not loaded are read into the page cache, so that it loads
+    quicker. This is done while nothing loads or waits and RAM is free."""
 
 
 class HostBudget(Section):

@@ -11,9 +11,6 @@ import typer
 from offloadd.backends import discover
 from offloadd.config import SourceText, SystemSecrets, load
 from offloadd.errors import OffloaddError
-from offloadd.migrate.llama_swap import import_llama_swap
-from offloadd.migrate.ollama import import_ollama
-from offloadd.migrate.presets import import_presets
 from offloadd.migrate.report import Migration
 from offloadd.terminal import FAILED
 
@@ -31,6 +28,9 @@ OutputOption = Annotated[
 @app.command("llama-swap")
 def llama_swap(file: FileArgument, output: OutputOption = None) -> None:
     """llama-swap's config.yaml: models, macros, filters, groups, matrix, hooks, keys and peers."""
+    # Imported where it is used, as are the others: the daemon's start, which has clients waiting, would pay for them.
+    from offloadd.migrate.llama_swap import import_llama_swap
+
     _finish(import_llama_swap(file), output)
 
 
@@ -42,12 +42,16 @@ def ollama(
     output: OutputOption = None,
 ) -> None:
     """Ollama's store, whose files stay where they are, or one Modelfile."""
+    from offloadd.migrate.ollama import import_ollama
+
     _finish(import_ollama(path), output)
 
 
 @app.command("llama-server-presets")
 def presets(file: FileArgument, output: OutputOption = None) -> None:
     """llama-server's INI file of models (--models-preset)."""
+    from offloadd.migrate.presets import import_presets
+
     _finish(import_presets(file), output)
 
 

@@ -21,6 +21,7 @@ from offloadd.state.actions import (
     StopInstance,
     StopReason,
     WakeInstance,
+    Warm,
 )
 from offloadd.state.demand import Demand
 from offloadd.state.desired import BackendKind, DesiredState, ModelSpec
@@ -61,6 +62,7 @@ class Draft:
         self._sent_away: dict[DeviceId, int] = {}
         self._wake_at: Instant | None = None
         self.read_now = False
+        self.warm: Warm | None = None
         self._by_model: dict[ModelName, list[InstanceView]] = {}
         for view in sorted(observed.instances.values(), key=lambda v: v.id):
             self._by_model.setdefault(view.model, []).append(view)
@@ -129,6 +131,11 @@ class Draft:
         """Plan again at `at`, if nothing happens before."""
         if self._wake_at is None or at < self._wake_at:
             self._wake_at = at
+
+    @property
+    def starts(self) -> bool:
+        """Whether this plan launches or wakes anything."""
+        return any(isinstance(action, StartInstance | WakeInstance) for action in self._actions.values())
 
     def decide(self, decision: Decision) -> None:
         """Record a model's verdict."""
@@ -248,5 +255,6 @@ class Draft:
             decisions={name: self.decisions[name] for name in sorted(self.decisions)},
             accounts=dict(self.ledger.accounts),
             wake_at=self._wake_at,
+            warm=self.warm,
             read_now=self.read_now,
         )

@@ -12,6 +12,7 @@ from offloadd.plan.sentences import resting
 from offloadd.plan.settle import come_home, grow, let_go, settle
 from offloadd.plan.upkeep import tend
 from offloadd.plan.wants import wanted
+from offloadd.plan.warm import likely_next
 from offloadd.state.actions import Plan, StopReason
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState, ModelSpec, Origin, RunMode
@@ -36,6 +37,7 @@ def plan(desired: DesiredState, observed: ObservedState, demand: Demand, *, now:
         grow(draft, want)
         come_home(draft, want)
     _adopt_orphans(draft)
+    draft.warm = likely_next(draft)
     return draft.finish()
 
 

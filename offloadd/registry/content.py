@@ -24,10 +24,11 @@ SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 def content_of_model(path: Path) -> str:
     """The fingerprint of the model at `path`: a file, any shard of a split one, or a folder. Raises OSError."""
-    return content_of(_parts(path))
+    return content_of(parts_of(path))
 
 
-def _parts(path: Path) -> Sequence[Path]:
+def parts_of(path: Path) -> Sequence[Path]:
+    """The files that the model at `path` is made of: a file, any shard of a split one, or a folder. Raises OSError."""
     if path.is_dir():
         files = sorted(entry for entry in path.iterdir() if entry.suffix == ".safetensors" or entry.name == "config.json")
         return (files or sorted(entry for entry in path.iterdir() if entry.is_file()))[:MAX_PARTS]

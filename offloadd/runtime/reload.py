@@ -6,11 +6,9 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import watchfiles
 
 from offloadd import redaction
 from offloadd.backends.base import Backend
@@ -20,6 +18,7 @@ from offloadd.config.diagnostics import Diagnostic, render_text
 from offloadd.config.known import Former
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
+from offloadd.folders import FolderWatch
 from offloadd.state.desired import DesiredState
 from offloadd.units import Seconds
 
@@ -113,29 +112,24 @@ class ConfigStore:
 
     async def watch(self) -> None:
         """Reload whenever the content changes, by event or by poll."""
+        stirred = asyncio.Event()
+        watch = FolderWatch((), stirred.set)
         failures = 0
-        while True:
-            folders = await asyncio.to_thread(watched_folders, self.path)
-            try:
-                await self._look()  # at what changed while nothing was watched
-                await self._watch(folders)
-            except (OSError, RuntimeError) as error:
-                # A folder went away in this moment, or the system has no watch left: looking now and then still works.
-                failures += 1
-                self.blind = str(error) if failures >= BLIND_AFTER else ""
-                await asyncio.sleep(POLL)
-            else:
-                failures, self.blind = 0, ""
-
-    async def _watch(self, folders: frozenset[Path]) -> None:
-        """Look at every event in the folders, until other folders are the ones to watch."""
-        async for _ in watchfiles.awatch(
-            *folders, recursive=False, debounce=200, step=100, rust_timeout=int(POLL * 1000), yield_on_timeout=True
-        ):
-            self.blind = ""
-            await self._look()
-            if await asyncio.to_thread(watched_folders, self.path) != folders:
-                return
+        try:
+            while True:
+                watched = None if watch.problem or stirred.is_set() else watch.folders
+                stirred.clear()
+                folders = await self._look(watched)
+                failures = failures + 1 if watch.problem else 0
+                self.blind = watch.problem if failures >= BLIND_AFTER else ""
+                if watch.problem or folders != watch.folders:
+                    watch.stop()
+                    watch = FolderWatch(folders, stirred.set)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL):
+                        await stirred.wait()
+        finally:
+            watch.stop()
 
     async def _reload(self, why: str) -> Attempt:
         async with self._lock:
@@ -186,15 +180,20 @@ class ConfigStore:
         log.error("config refused (%s); generation %d stays:\n%s", why, generation, explain(attempt), extra=said)
         return attempt
 
-    async def _look(self) -> None:
-        """Reload when the content is not what was last tried, and has settled."""
-        first = await asyncio.to_thread(_read_digest, self.path)
+    async def _look(self, watched: frozenset[Path] | None) -> frozenset[Path]:
+        """Reload when the content is not what was last tried, and has settled.
+
+        Gives the folders to watch: those that are `watched`, where neither an event nor the content says that they may be others.
+        """
+        first, folders = await asyncio.to_thread(_look_at, self.path, self._digest if watched else b"")
         if first == self._digest:
-            return
+            return watched or folders
         await asyncio.sleep(SETTLE)
-        if first == await asyncio.to_thread(_read_digest, self.path):
+        again, folders = await asyncio.to_thread(_look_at, self.path)
+        if first == again:
             self._digest = first
             await self.reload("its file changed")
+        return folders
 
 
 def explain(attempt: Attempt) -> str:
@@ -221,11 +220,16 @@ def watched_folders(path: Path) -> frozenset[Path]:
     return frozenset(folder for folder in folders if folder.is_dir())
 
 
-def _read_digest(path: Path) -> bytes:
+def _look_at(path: Path, known: bytes = b"") -> tuple[bytes, frozenset[Path]]:
+    """What tells its content from any other, and the folders to watch; none where the content is what is `known`.
+
+    In one step: a change of threads costs as much as the look.
+    """
     try:
-        return _digest(read_sources(path))
+        digest = _digest(read_sources(path))
     except ConfigUnreadableError as error:
-        return str(error).encode()
+        digest = str(error).encode()
+    return digest, frozenset() if digest == known else watched_folders(path)
 
 
 def _digest(sources: Iterable[SourceText]) -> bytes:

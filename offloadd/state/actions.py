@@ -159,6 +159,19 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Warm:
+    """A model that may be wanted next, whose files are to be in the page cache by then."""
+
+    model: ModelName
+    paths: tuple[str, ...]
+    """Of the model itself, a file, a shard or a folder, and of what is loaded beside it."""
+    identity: str
+    """Another one means other files."""
+    size: Bytes
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceAccount:
     """One device's books, in bytes: room is the lesser of what the limit and what the reading leaves."""
 
@@ -187,5 +200,7 @@ class Plan:
     """Loans among them that an empty machine could not give either."""
     accounts: Mapping[DeviceId, DeviceAccount] = field(default_factory=dict)
     wake_at: Instant | None = None
+    warm: Warm | None = None
+    """What to read ahead until the next plan; nothing else hangs on it."""
     read_now: bool = False
     """Memory is about to be given on a reading that is too old: devices are to be read at once."""

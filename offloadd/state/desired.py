@@ -224,6 +224,8 @@ class StorageSpec:
     models_path: tuple[str, ...] = ("/var/lib/ml-models",)
     registry: str = field(default="", repr=False)
     """`postgresql://…` of a registry that several daemons share, password included; empty for a file in `data_dir`."""
+    warm_next: bool = False
+    """Whether the files of a model that may be next are read ahead while nothing else is to be done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

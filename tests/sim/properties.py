@@ -30,7 +30,7 @@ from offloadd.state.actions import (
 from offloadd.state.desired import ModelSpec, RestartPolicy, RunMode
 from offloadd.state.ids import HOST_RAM, DeviceId
 from offloadd.state.launch import Candidate, ExitKind, ModelFacts
-from offloadd.state.observed import LEAVING, ExitRecord, InstanceState, InstanceView
+from offloadd.state.observed import LEAVING, SETTLING, TURNING, ExitRecord, InstanceState, InstanceView
 from offloadd.units import Instant
 from tests.sim.device_properties import DEVICE_REPLAN, DEVICE_STEP, loan_fits
 from tests.sim.step import Broken, Step, take_step
@@ -400,6 +400,22 @@ def every_model_gets_a_verdict(step: Step) -> None:
             raise Broken("every_model_gets_a_verdict", f"{name} backs off and does not wake: {decision}")
 
 
+def files_are_read_ahead_only_while_nobody_waits_and_nothing_loads(step: Step) -> None:
+    """And of an on-demand model that is not there, into RAM that is free beside what was promised, with a good part to spare."""
+    name, warm = "files_are_read_ahead_only_while_nobody_waits_and_nothing_loads", step.plan.warm
+    if warm is None:
+        return
+    moves = (*SETTLING, *TURNING, InstanceState.DRAINING, InstanceState.STOPPING)
+    moving = [view.id for view in step.observed.instances.values() if view.state in moves]
+    if step.demand.waiting or step.starts() or moving or step.loans_wait():
+        raise Broken(name, f"{warm.model} beside {sorted(step.demand.waiting)}, {step.starts()} and {moving}")
+    spec, ram = step.spec(warm.model), step.observed.devices.get(HOST_RAM)
+    if spec is None or spec.run is not RunMode.ON_DEMAND or any(key.model == warm.model for key in step.observed.instances):
+        raise Broken(name, f"{warm.model} is not an on-demand model that is off")
+    if ram is None or ram.free - step.world.due(HOST_RAM) - warm.size < ram.total / 10:
+        raise Broken(name, f"{warm.size} of {warm.model} where memory is tight")
+
+
 STEP: tuple[Callable[[Step], None], ...] = (
     *DEVICE_STEP,
     reserved_memory_stays_within_each_devices_limit_releasing_included,
@@ -421,6 +437,7 @@ STEP: tuple[Callable[[Step], None], ...] = (
     one_that_can_sleep_is_not_stopped_for_being_idle,
     nobody_is_woken_but_for_demand,
     every_model_gets_a_verdict,
+    files_are_read_ahead_only_while_nobody_waits_and_nothing_loads,
 )
 
 

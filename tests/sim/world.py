@@ -30,7 +30,7 @@ from offloadd.state.actions import (
     WakeInstance,
 )
 from offloadd.state.demand import Demand, Loan, Waiting, Wish
-from offloadd.state.desired import DesiredState, ModelSpec, QueueLimits, RunMode
+from offloadd.state.desired import DesiredState, ModelSpec, QueueLimits, RunMode, StorageSpec
 from offloadd.state.ids import BackendName, DeviceId, InstanceId, ModelName
 from offloadd.state.launch import Candidate, ExitCause, ExitKind, ExitStatus, ModelFacts, Placement, VramEstimate
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView, ObservedState
@@ -306,7 +306,7 @@ class World:
     def _make_candidate(self, spec: ModelSpec, backend: BackendName) -> Candidate:
         return Candidate(
             backend=backend,
-            facts=ModelFacts(path=spec.source, identity=str(self.files.get(spec.name, 0))),
+            facts=ModelFacts(path=spec.source, identity=str(self.files.get(spec.name, 0)), size=Bytes(self.need(spec, backend))),
             fingerprint=f"{backend} {spec.source} {spec.context} {spec.args} {spec.devices} {spec.gpu_layers}",
             estimate=self.shapes.get(spec.name, Shape()).divide(self.need(spec, backend)),
         )
@@ -802,7 +802,8 @@ def small_world() -> World:
     )
     sizes = {"tiny": 0.5, "small": 2.0, "twin": 1.5, "base": 1.0, "large": 7.0, "vast": 12.5}
     return World(
-        DesiredState(models={one.name: one for one in specs}, generation=1), {ModelName(name): size for name, size in sizes.items()}
+        DesiredState(models={one.name: one for one in specs}, storage=StorageSpec(warm_next=True), generation=1),
+        {ModelName(name): size for name, size in sizes.items()},
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import watchfiles
-
 from offloadd.events import EventKind, about
+from offloadd.folders import FolderWatch
 from offloadd.registry.discovery.scan import Scan, Scanner
 from offloadd.registry.discovery.stores import Store
 from offloadd.state.found import Found, Shelf
@@ -39,9 +37,6 @@ LATE_S = 60.0
 LEAST_S = 0.1
 LEAST_SHARE = 10
 """Between two looks lies at least this time, and this multiple of what the last one took, however many events come."""
-QUIET_MS = 50
-"""Events that follow one another so closely are told as one, for at most `GATHERED_MS`: as long as a copy goes on."""
-GATHERED_MS = 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +114,10 @@ class Discovery:
         await self._wait()
 
     async def _look(self) -> None:
-        stores, before = self._stores(), self._scan.found
-        looking = asyncio.ensure_future(self._aside(lambda: _looked(self._scanner, stores, before), name="search for models"))
+        before = self._scan.found
+        looking = asyncio.ensure_future(
+            self._aside(lambda: _looked(self._scanner, self._stores(), before), name="search for models")
+        )
         try:
             while not looking.done():
                 done, _ = await asyncio.wait({looking}, timeout=LATE_S)
@@ -159,17 +156,19 @@ class Discovery:
         """Until an event, the poll, or the moment in which something is due; and a while, however many events there are."""
         poll = min(LONGEST_POLL_S, max(POLL_S, self._took / SHARE))
         wait = poll if self._scan.due is None else min(poll, max(0.0, self._scan.due))
-        await asyncio.sleep(max(LEAST_S, self._took * LEAST_SHARE))
+        least = max(LEAST_S, self._took * LEAST_SHARE)
+        ended = time.monotonic()
         with suppress(TimeoutError):
-            async with asyncio.timeout(wait):
+            async with asyncio.timeout(least + wait):
                 await self._soon.wait()
+        await asyncio.sleep(max(0.0, ended + least - time.monotonic()))
         self._soon.clear()
 
     async def watch(self) -> None:
         """Look soon after each event in the folders, until other folders are the ones to watch."""
         await self._first.wait()
         folders = self._scan.folders
-        watcher = _Watcher(sorted(folders)[:MAX_WATCHED], asyncio.get_running_loop(), self._soon.set)
+        watcher = FolderWatch(map(Path, sorted(folders)[:MAX_WATCHED]), self._soon.set)
         try:
             self._soon.set()  # for what happened before it was watched
             while self._scan.folders == folders:
@@ -177,29 +176,6 @@ class Discovery:
                 await self._moved.wait()
         finally:
             watcher.stop()
-
-
-class _Watcher:
-    """Waits for events in a thread of its own: setting up very many watches would hold up the loop."""
-
-    def __init__(self, folders: Sequence[str], loop: asyncio.AbstractEventLoop, happened: Callable[[], object]) -> None:
-        self._folders, self._loop, self._happened = folders, loop, happened
-        self._stop = threading.Event()
-        if folders:
-            threading.Thread(target=self._run, name="watch for models", daemon=True).start()
-
-    def stop(self) -> None:
-        """End soon."""
-        self._stop.set()
-
-    def _run(self) -> None:
-        options = {"debounce": GATHERED_MS, "step": QUIET_MS, "rust_timeout": 10_000, "recursive": False, "raise_interrupt": False}
-        try:
-            for _ in watchfiles.watch(*self._folders, watch_filter=None, stop_event=self._stop, **options):  # type: ignore[arg-type]
-                self._loop.call_soon_threadsafe(self._happened)
-        except (OSError, RuntimeError) as error:
-            # A folder went away in this moment, the system has no watch left, or the loop is closed: the poll still works.
-            log.debug("folders of models cannot be watched: %s", error)
 
 
 def _looked(scanner: Scanner, stores: Sequence[Store], before: Mapping[str, Found]) -> News:

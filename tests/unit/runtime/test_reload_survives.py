@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from offloadd import redaction
+from offloadd import folders, redaction
 from offloadd.backends import discover
 from offloadd.clock import SystemClock
 from offloadd.errors import PermanentError
@@ -54,8 +54,8 @@ async def test_without_a_watch_left_the_file_is_looked_at_now_and_then_and_that_
     store = ConfigStore(path, backends=discover(), clock=SystemClock())
     await store.start()
     monkeypatch.setattr(reload, "POLL", 0.01)
-    real = reload.watchfiles.awatch
-    monkeypatch.setattr(reload.watchfiles, "awatch", none_left)
+    real = folders.open_watches
+    monkeypatch.setattr(folders, "open_watches", none_left)
     watching = asyncio.create_task(store.watch())
     try:
         async with asyncio.timeout(20):
@@ -65,7 +65,7 @@ async def test_without_a_watch_left_the_file_is_looked_at_now_and_then_and_that_
             while store.applied.desired.generation < 2:
                 await asyncio.sleep(0.01)
             assert "inotify limit reached" in store.blind
-            monkeypatch.setattr(reload.watchfiles, "awatch", real)
+            monkeypatch.setattr(folders, "open_watches", real)
             while store.blind:
                 await asyncio.sleep(0.01)
     finally:
