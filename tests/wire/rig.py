@@ -18,6 +18,7 @@ from offloadd.api.patience import Patience
 from offloadd.clock import SystemClock
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects.refusals import shaped
+from offloadd.proxy.endpoints.responses import Responses
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.leases import Host, LeaseBook
 from offloadd.proxy.upstream import Pool
@@ -254,7 +255,8 @@ async def rigged(
         accounts=accounts,
         may_use=lambda _: True,
     )
-    app = build_app(None, gateway.routes(), gateway.find, door, accounts.close, shaped, gateway.tell_begun)  # type: ignore[arg-type]
+    routes = [*gateway.routes(), *Responses(gateway, accounts, lambda _spec, _engine: EngineApi()).routes()]
+    app = build_app(None, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)  # type: ignore[arg-type]
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     listener = socket.create_server((HOST, 0), backlog=1024)

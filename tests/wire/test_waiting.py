@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import msgspec
 import pytest
 
 from offloadd.state.desired import QueueLimits
+from offloadd.state.launch import EngineApi
 from offloadd.units import Seconds
 from tests.wire.rig import ASK, ASK_STREAM, STREAM, Peer, chunked, rigged, sse, until, word
 
@@ -53,6 +55,30 @@ async def test_one_that_waits_in_vain_is_told_within_its_stream() -> None:
         assert error["code"] == "wait_timeout"
         assert b"[DONE]" not in body
         assert [one.fate for one in rig.served] == ["refused"]
+
+
+async def test_one_that_waited_is_translated_when_its_engine_turns_out_to_lack_the_api() -> None:
+    async def only_chat(peer: Peer) -> None:
+        if b"POST /v1/responses " in peer.head:
+            peer.say(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
+        else:
+            peer.say(STREAM + chunked(*sse(word("hello"), word("", finish_reason="stop"), b"[DONE]")))
+
+    async with rigged(only_chat) as rig:
+        api = EngineApi(paths=frozenset({"/v1/responses", "/v1/chat/completions"}))
+        hosts, rig.hosts[:] = [replace(host, api=api) for host in rig.hosts], []
+        client = await rig.connect()
+        client.send({"model": "a", "input": "hi", "stream": True}, "/v1/responses")
+        await client.head()
+        assert (await client.chunk()).startswith(b": waiting for ")
+        rig.hosts[:] = hosts
+        rig.book.serve_all()
+        body = await client.body(b"Transfer-Encoding: chunked")
+        assert b'"delta":"hello"' in body
+        assert b"event: response.completed\n" in body
+        assert b"event: error" not in body
+        assert [head.split(b" ")[1] for head in rig.engine.heads] == [b"/v1/responses", b"/v1/chat/completions"]
+        await until(lambda: [one.fate for one in rig.served] == ["answered"], "it is told of")
 
 
 async def test_an_engines_refusal_is_told_there_too() -> None:
