@@ -207,7 +207,7 @@ class Connection(asyncio.Protocol):
     def leave(self) -> asyncio.Future[None] | None:
         """Close our side, as a client does that leaves. The future is done when the backend has closed its own: its work is over.
 
-        llama-server reads on to the end of a prompt's batch for a client that has left. None where it cannot be known.
+        llama-server reads a prompt to its end for a client that has left. None where it cannot be known.
         """
         transport = self._transport
         if transport is None or transport.is_closing() or not transport.can_write_eof():

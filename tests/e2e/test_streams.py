@@ -22,9 +22,9 @@ PARALLEL = 4
 
 @pytest.fixture(scope="module")
 def daemon(real: Real, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    # A small batch: between two of them the server looks whether its client is still there.
+    # A small batch: between two of them the server answers /slots.
     settings = real.model(
-        parallel=PARALLEL, context=4096, args=["--batch-size", "64"], queue={"max_waiting": 1000, "max_wait": "20m"}
+        parallel=PARALLEL, context=4096, args=["--batch-size", "64", "--metrics"], queue={"max_waiting": 1000, "max_wait": "20m"}
     )
     with running(tmp_path_factory.mktemp("streams"), {"a": settings}, llamacpp=real.llamacpp) as running_daemon:
         running_daemon.wait_for("a", within_s=60)
@@ -68,7 +68,7 @@ def check(events: list[Any]) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_leaving_while_the_prompt_is_read_counts_until_the_slot_is_free(daemon: Daemon, stream: bool) -> None:
-    """llama-server reads a prompt on for a client that has left, to the end of its batch or longer."""
+    """llama-server reads a prompt to its end for a client that has left, whatever the batch: see docs/troubleshooting.md."""
     prompt = [{"role": "user", "content": f"{stream} " + "tell me more about that " * 150}]
     connection = daemon.begin(CHAT, {**chat("a", 50, stream=stream), "messages": prompt})
     until(lambda: busy(daemon) == 1, "the prompt is being read")
@@ -84,6 +84,27 @@ def test_leaving_while_the_prompt_is_read_counts_until_the_slot_is_free(daemon: 
     until(free, "the slot is free and the lease is back", 70)
     print(f"freed {time.monotonic() - left:.3f} s after its client left")
     assert daemon.chat("a", 1).status == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_prompt_whose_progress_is_told_is_not_read_to_its_end_for_nobody(daemon: Daemon, stream: bool) -> None:
+    """A write to nobody is what llama-server notices, and it writes after each batch of 64 tokens."""
+
+    def read() -> float:
+        lines = daemon.request("GET", "/upstream/a/metrics").body.decode().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("llamacpp:prompt_tokens_total "))
+
+    before = read()
+    prompt = [{"role": "user", "content": f"progress {stream} " + "tell me more about that " * 150}]
+    connection = daemon.begin(CHAT, {**chat("a", 50, stream=stream), "messages": prompt, "return_progress": True})
+    until(lambda: busy(daemon) == 1, "the prompt is being read")
+    connection.close()
+    until(lambda: busy(daemon) == 0 and daemon.load("a") == 0, "the slot is free and the lease is back", 70)
+    assert read() - before < 400  # of more than 700
+    whole = daemon.chat("a", 1, return_progress=True)
+    assert whole.status == 200
+    assert "prompt_progress" not in whole.json()
+    assert whole.json()["choices"][0]["message"]["content"]
 
 
 def test_leaving_a_stream_frees_the_slot(daemon: Daemon) -> None:

@@ -189,7 +189,7 @@ async def test_one_that_leaves_at_each_moment() -> None:
 
 
 async def test_work_for_one_that_left_counts_until_it_is_over() -> None:
-    """As llama-server reads a prompt to the end of its batch: it closes the connection when its slot is free."""
+    """As llama-server reads a prompt to its end: it closes the connection when its slot is free."""
     noticed, go_on = asyncio.Event(), asyncio.Event()
 
     async def script(peer: Peer) -> None:

@@ -17,7 +17,9 @@ COMPLETIONS = "/v1/completions"
 FORMS = ("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/images/edits", "/v1/images/variations")
 """Paths whose bodies may be forms, because files come with them."""
 OTHERS = ("/v1/embeddings", "/v1/rerank", "/v1/responses/input_tokens", "/v1/audio/speech", "/v1/images/generations", *FORMS)
-_PER_TOKEN = ("timings_per_token", "return_progress", "echo", "verbose")
+_PER_TOKEN = ("timings_per_token", "echo", "verbose")
+_NOT_OF_A_WHOLE = frozenset({"choices", "usage", "timings", "object", "prompt_progress"})
+"""Fields of a chunk that are its own, and not the answer's."""
 _OBJECTS = {CHAT: "chat.completion", COMPLETIONS: "text_completion"}
 _MAX_CHOICES = 128
 
@@ -59,7 +61,7 @@ class Collector:
         if "error" in chunk:
             self.error = chunk
             return
-        self._head.update({key: value for key, value in chunk.items() if key not in ("choices", "usage", "timings", "object")})
+        self._head.update({key: value for key, value in chunk.items() if key not in _NOT_OF_A_WHOLE})
         if chunk.get("usage") is not None:
             self._tail["usage"] = add_usage(self._tail.get("usage"), chunk["usage"], each=len(self._choices) > 1)
         if chunk.get("timings") is not None:
