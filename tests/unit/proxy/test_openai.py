@@ -141,7 +141,7 @@ def test_a_stream_that_was_cut_is_not_complete() -> None:
         (CHAT, {"n": 0}, False),
         (CHAT, {"n": "2"}, False),
         (CHAT, {"timings_per_token": True}, False),
-        (CHAT, {"return_progress": False}, True),
+        (CHAT, {"return_progress": True}, True),
         (COMPLETIONS, {"prompt": "x"}, True),
         (COMPLETIONS, {"prompt": ["x", "y"]}, False),
         (COMPLETIONS, {"prompt": [1, 2]}, False),
@@ -151,6 +151,17 @@ def test_a_stream_that_was_cut_is_not_complete() -> None:
 )
 def test_what_can_be_put_together(path: str, body: dict[str, Any], possible: bool) -> None:
     assert can_collect(path, body) is possible
+
+
+def test_progress_of_the_prompt_is_no_part_of_the_answer() -> None:
+    collector = Collector(CHAT)
+    empty = {"id": "c", "choices": [{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}]}
+    collector.add({**empty, "prompt_progress": {"total": 9, "processed": 5}})
+    collector.add({"id": "c", "choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}]})
+    choices = [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "x"}, "logprobs": None}]
+    found = collector.answer()
+    assert "prompt_progress" not in found
+    assert [{**choice, "logprobs": choice.get("logprobs")} for choice in found["choices"]] == choices
 
 
 def test_the_request_as_a_stream() -> None:
