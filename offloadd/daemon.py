@@ -79,9 +79,10 @@ from offloadd.runtime.warm import Warmer
 from offloadd.runtime.wishes import WishBook
 from offloadd.state.actions import Decision, ModelState, Plan
 from offloadd.state.demand import Demand
-from offloadd.state.desired import DesiredState, HealthPolicy, OnStop
+from offloadd.state.desired import DesiredState, Engine, HealthPolicy, OnStop
 from offloadd.state.history import History
 from offloadd.state.ids import InstanceId, ModelName
+from offloadd.state.life import Life
 from offloadd.state.observed import LEAVING, InstanceState, ObservedState
 from offloadd.state.served import Served
 from offloadd.succession import ready_for_signals, take_place
@@ -338,8 +339,10 @@ class Daemon:
             self._lives.lives(),
             lives=self._lives,
             launcher=self._launcher,
-            holds_port=lambda life, pid: bool(desired.engines[life.backend].stop_command) or holds_port(pid, life.endpoint.port),
+            holds_port=lambda life, pid: bool(life.stop_command) or holds_port(pid, life.endpoint.port),
             startable=lambda life: life.backend in desired.engines and desired.engines[life.backend].adapter in self._backends,
+            boot=self._launcher.boot,
+            engine_of=lambda life: desired.engines.get(life.backend) or _former_engine(life),
         )
         self._executor.remember(self._lives.exits(self._launcher.boot))
         self._executor.take_over(orphans, desired.models)
@@ -639,3 +642,8 @@ class Daemon:
         found.update(of_processes(self._observed()))
         found.update(of_sleep(self._observed(), self._demand()))
         return self._problems.list(found, wall)
+
+
+def _former_engine(life: Life) -> Engine:
+    """One that the config does not have any more, as far as ending its servers goes."""
+    return Engine(name=life.backend, adapter="", user=life.user, group=life.group)

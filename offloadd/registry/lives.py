@@ -288,6 +288,9 @@ def _body(life: Life) -> dict[str, Any]:
         "started_at": life.started_at,
         "process": [life.process.pid, life.process.started] if life.process else None,
         "ready_at": life.ready_at,
+        "stop_command": list(life.stop_command),
+        "user": life.user,
+        "group": life.group,
         "stopping": life.stopping,
     }
 
@@ -325,6 +328,9 @@ def _life(mark: str, body: Any) -> Life:
         process=ProcessId(pid=int(process[0]), started=int(process[1])) if process else None,
         ready_at=None if ready_at is None else Instant(float(ready_at)),
         asleep=None if body.get("asleep") is None else _sizes(body["asleep"]),
+        stop_command=tuple(str(word) for word in body.get("stop_command", ())),  # older daemons wrote none
+        user=str(body.get("user", "")),
+        group=str(body.get("group", "")),
         stopping=str(body["stopping"]),
     )
 

@@ -322,6 +322,7 @@ class Instance:
         """What is written down before anything is done."""
         action, spec = self._action, self._action.spec
         more = tuple(_free_port() for _ in range(self.backend.more_ports))
+        endpoint = Endpoint(host=LOOPBACK, port=_free_port(), more=more, api=self._engine.api, key=secrets.token_hex(32))
         return Life(
             mark=f"{self.id}@{secrets.token_hex(8)}",
             instance=self.id,
@@ -331,7 +332,10 @@ class Instance:
             footprint_key=action.candidate.footprint_key,
             identity=action.candidate.facts.identity,
             placement=action.placement,
-            endpoint=Endpoint(host=LOOPBACK, port=_free_port(), more=more, api=self._engine.api, key=secrets.token_hex(32)),
+            endpoint=endpoint,
+            stop_command=fill(self._engine.stop_command, spec, action.candidate.facts, endpoint),
+            user=self._engine.user,
+            group=self._engine.group,
             boot=self._tools.boot,
             started_at=self._started_at,
         )
@@ -364,7 +368,7 @@ class Instance:
         """From the first listening socket to the last sign of life."""
         await self._wanted.wait()
         # An orphan that was ready was vouched for by its port; with stop_command it listens where none of our processes is.
-        if self._ready_at is None and not self._engine.stop_command:
+        if self._ready_at is None and not self._life.stop_command:
             await self._until(lambda: asyncio.to_thread(self._tools.holds_port, process.pid, self._life.endpoint.port))
         if self._state is InstanceState.STARTING:
             self._enter(InstanceState.LOADING)
@@ -574,11 +578,10 @@ class Instance:
             process.kill()
 
     async def _run_stop_command(self, limit: Seconds) -> bool:
-        """What the config says of an end that signals do not bring about; whether it says anything."""
-        words = fill(self._engine.stop_command, self._action.spec, self._action.candidate.facts, self._life.endpoint)
-        if not words:
+        """What the config said at the start of an end that signals do not bring about; whether it said anything."""
+        if not self._life.stop_command:
             return False
-        problem = await run_stop_command(words, self._engine, limit)
+        problem = await run_stop_command(self._life.stop_command, self._engine, limit)
         if problem and not self._ended:
             log.warning("%s: stop_command: %s", self.id, problem, extra=self._about(EventKind.INSTANCE_STOPPING))
         return True

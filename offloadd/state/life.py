@@ -44,5 +44,10 @@ class Life:
     ready_at: Instant | None = None
     asleep: Mapping[DeviceId, Bytes] | None = None
     """What it holds of its GPUs asleep; None while it is promised all of its memory."""
+    stop_command: tuple[str, ...] = ()
+    """Ends its server where signals do not reach it, with its words filled in; the config may be another by then."""
+    user: str = ""
+    group: str = ""
+    """As whom it was started; empty for the daemon's own."""
     stopping: str = ""
     """Why it is being stopped; empty when it is not."""
