@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import struct
 import tempfile
 from pathlib import Path
@@ -25,6 +27,7 @@ from tests.fuzz.test_headers import mutated as header_mutated
 
 _PLACE = Path(tempfile.mkdtemp(prefix="offloadd-fuzz-"))
 """For files that are written anew in every run."""
+atexit.register(shutil.rmtree, _PLACE, ignore_errors=True)
 _SMALL = small_model()
 _CONFIGS = [
     {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "torch_dtype": "bfloat16"},
