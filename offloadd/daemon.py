@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
-from aiohttp import http_parser, web
+from aiohttp import http_parser
 
 from offloadd import __version__, eventloop
 from offloadd.api.app import Door, answer_headers, as_seen, build_app, present_request, request_id
@@ -20,6 +20,7 @@ from offloadd.api.borrow import borrow_route
 from offloadd.api.byhand import by_hand_routes
 from offloadd.api.caller import caller
 from offloadd.api.explain import explain_routes
+from offloadd.api.front import Runner
 from offloadd.api.limits import KeyMeter
 from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
 from offloadd.api.logs import logs_route
@@ -366,7 +367,6 @@ class Daemon:
             book=self._book,
             desired=lambda: self._catalog.desired,
             pool=self._pool,
-            cancels_only_streams=self._ready_hosts.cancels_only_streams,
             request_id=request_id,
             bears=lambda request: answer_headers(request, door),
             accounts=accounts,
@@ -386,9 +386,9 @@ class Daemon:
         routes += explain_routes(self._recent, lambda: as_seen(self.look()), gateway.find)
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0, keepalive_timeout=IDLE)
+        options = {"handler_cancellation": True, "access_log": None, "shutdown_timeout": 1.0, "keepalive_timeout": IDLE}
+        runner = Runner(app, self._patience, door.max_body, **options)
         await runner.setup()
-        self._patience.guard(runner.server)
         logging.getLogger("offloadd").addHandler(self.meters.handler)
         logging.getLogger("offloadd").addHandler(self._recent)
         try:

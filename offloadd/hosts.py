@@ -24,6 +24,8 @@ class ReadyHosts:
         self._desired = desired
         self._backends = backends
         self._kept: dict[ModelName, Sequence[Host]] = {}
+        self._apis: tuple[object, dict[tuple[ModelName, BackendName], tuple[ModelSpec, EngineApi]]] = (None, {})
+        """What engines speak for each model, under one config: every request asks for it."""
 
     def of(self, model: ModelName) -> Sequence[Host]:
         """The model's; those that were ejected only when there are no others."""
@@ -38,13 +40,14 @@ class ReadyHosts:
 
     def api(self, spec: ModelSpec, name: BackendName) -> EngineApi:
         """What the engine speaks for this model; no more than the usual where its adapter is not known any more."""
-        backend = self._backend(name)
-        return backend.api(spec) if backend else EngineApi()
-
-    def cancels_only_streams(self, name: BackendName) -> bool:
-        """Whether the engine works on for a client that left before an answer that is not streamed."""
-        backend = self._backend(name)
-        return backend is not None and backend.cancels_only_streams
+        config = self._desired()
+        if self._apis[0] is not config:
+            self._apis = (config, {})
+        known = self._apis[1].get((spec.name, name))
+        if known is None or known[0] is not spec:
+            backend = self._backend(name)
+            known = self._apis[1][spec.name, name] = (spec, backend.api(spec) if backend else EngineApi())
+        return known[1]
 
     def choices(self, leases: Mapping[InstanceId, int]) -> list[Asked]:
         """Instances that can be asked for their load, of models that have several, while requests of ours run on any of these."""
@@ -69,6 +72,7 @@ class ReadyHosts:
         for key, view in executor.views().items():
             instance = executor.get(key)
             if key.model == model and view.state is InstanceState.READY and view.endpoint and instance:
+                backend = self._backend(view.backend)
                 (ejected if view.ejected else found).append(
                     Host(
                         instance=key,
@@ -76,6 +80,7 @@ class ReadyHosts:
                         endpoint=view.endpoint,
                         slots=view.spec.parallel,
                         sign=instance.sign,
+                        cancels_only_streams=backend is not None and backend.cancels_only_streams,
                         api=self.api(view.spec, view.backend),
                     )
                 )

@@ -105,9 +105,12 @@ def build_app(
 
 def answer_headers(request: web.Request, door: Door) -> dict[str, str]:
     """What every answer bears, whoever writes it; some are given before the middleware has named the request."""
-    if _ID_KEY not in request:
-        request[_ID_KEY] = _new_id()
-    return {"X-Request-Id": request[_ID_KEY], **cors_headers(request, door.access().cors_origins)}
+    try:
+        number = request[_ID_KEY]
+    except KeyError:
+        number = request[_ID_KEY] = _new_id()
+    origins = door.access().cors_origins
+    return {"X-Request-Id": number, **cors_headers(request, origins)} if origins else {"X-Request-Id": number}
 
 
 def _new_id() -> str:
@@ -232,8 +235,8 @@ def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("X-Request-Id", "")
-        request[_ID_KEY] = given if given and _REQUEST_ID.fullmatch(given) else _new_id()
-        _present_id.set(request[_ID_KEY])
+        number = request[_ID_KEY] = given if given and _REQUEST_ID.fullmatch(given) else _new_id()
+        _present_id.set(number)
         response: web.StreamResponse | None = None
         refusal: RequestError | None = None
         try:
@@ -248,12 +251,12 @@ def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
         except (ConnectionResetError, web.RequestPayloadError):
             raise
         except Exception:
-            said = about(EventKind.INTERNAL_ERROR, request=request[_ID_KEY])
-            log.exception("request %s %s %r failed", request[_ID_KEY], request.method, request.path, extra=said)
-            why = f"offloadd failed on request {request[_ID_KEY]}: its log says why"
+            said = about(EventKind.INTERNAL_ERROR, request=number)
+            log.exception("request %s %s %r failed", number, request.method, request.path, extra=said)
+            why = f"offloadd failed on request {number}: its log says why"
             response = refuse(request, RequestError(500, "internal_error", why))
         finally:
-            ended(request, request[_ID_KEY], None if response is None else response.status, refusal)
+            ended(request, number, None if response is None else response.status, refusal)
         return response
 
     return around
@@ -292,8 +295,9 @@ def _admit(request: web.Request, access: Access, scope: Scope) -> Caller:
 
 def _check_length(request: web.Request) -> None:
     """Refuse a body that says of itself that it is too large before a byte of it is read."""
-    if request.content_length is not None and request.content_length > request.client_max_size:
-        raise web.HTTPRequestEntityTooLarge(max_size=request.client_max_size, actual_size=request.content_length)
+    length = request.content_length
+    if length is not None and length > request.client_max_size:
+        raise web.HTTPRequestEntityTooLarge(max_size=request.client_max_size, actual_size=length)
 
 
 def _foreign(request: web.Request, error: web.HTTPException) -> RequestError:

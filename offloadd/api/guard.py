@@ -22,9 +22,9 @@ def check_host(request: web.Request, allowed: Collection[str]) -> None:
     A page whose own name was made to resolve to this machine (DNS rebinding) would otherwise be let in by the browser.
     """
     hosts = request.headers.getall("Host", [])
-    if len(hosts) > 1 or not all(_FORBIDDEN_IN_HOST.isdisjoint(host) for host in hosts):
+    if len(hosts) > 1 or (hosts and not _FORBIDDEN_IN_HOST.isdisjoint(hosts[0])):
         raise RequestError(400, "bad_host", "the request's Host header is not a host name")
-    if request.transport is not None and request.transport.get_extra_info("peername") in (None, ""):
+    if request.transport is not None and not request.remote:
         return  # a UNIX socket: no browser can be made to speak to it
     name = _without_port(hosts[0]).lower() if hosts else ""
     if name not in allowed and not _is_loopback(name):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from offloadd.clock import Clock
@@ -31,6 +29,22 @@ class _Bucket:
         return Seconds(max(0.0, (1 - self.level) * _MINUTE / self.size))
 
 
+class _Admission:
+    """One request, while it is counted."""
+
+    __slots__ = ("_caller", "_meter")
+
+    def __init__(self, meter: KeyMeter, caller: Caller) -> None:
+        self._meter = meter
+        self._caller = caller
+
+    def __enter__(self) -> None:
+        self._meter.enter(self._caller)
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.leave(self._caller)
+
+
 class KeyMeter:
     """Counts by the key's name. A key whose limits were changed begins anew."""
 
@@ -39,24 +53,28 @@ class KeyMeter:
         self._buckets: dict[tuple[str, str], _Bucket] = {}
         self._running: dict[str, int] = {}
 
-    @contextmanager
-    def admitted(self, caller: Caller) -> Iterator[None]:
-        """Count a request from here to its end; RequestError 429, with the time to wait, when the key has used what it has."""
+    def admitted(self, caller: Caller) -> _Admission:
+        """Count a request while a block runs; RequestError 429, with the time to wait, when the key has used what it has."""
+        return _Admission(self, caller)
+
+    def enter(self, caller: Caller) -> None:
+        """A request of this caller begins; RequestError as from `admitted`."""
         limits = caller.limits
         running = self._running.get(caller.name, 0)
         if limits.parallel is not None and running >= limits.parallel:
             message = f"the key {caller.name} has {running} requests under way, which is its limit"
             raise RequestError(429, "key_parallel_limit", message, retry_after=Seconds(1))
-        self._check(caller, "tokens", limits.tokens_per_minute)
-        self._check(caller, "requests", limits.requests_per_minute)
-        self._take(caller, "requests", limits.requests_per_minute, 1)
+        if self._buckets or not (limits.tokens_per_minute is None and limits.requests_per_minute is None):
+            self._check(caller, "tokens", limits.tokens_per_minute)
+            self._check(caller, "requests", limits.requests_per_minute)
+            self._take(caller, "requests", limits.requests_per_minute, 1)
         self._running[caller.name] = running + 1
-        try:
-            yield
-        finally:
-            self._running[caller.name] -= 1
-            if not self._running[caller.name]:
-                del self._running[caller.name]
+
+    def leave(self, caller: Caller) -> None:
+        """It is over."""
+        self._running[caller.name] -= 1
+        if not self._running[caller.name]:
+            del self._running[caller.name]
 
     def steer(self, caller: Caller) -> None:
         """Count a call that changes something; RequestError 429 when there are more than anybody can mean."""
@@ -65,7 +83,8 @@ class KeyMeter:
 
     def spend(self, caller: Caller, tokens: int) -> None:
         """Tokens that a request has taken, known at its end."""
-        self._take(caller, "tokens", caller.limits.tokens_per_minute, tokens)
+        if caller.limits.tokens_per_minute is not None:
+            self._take(caller, "tokens", caller.limits.tokens_per_minute, tokens)
 
     def _check(self, caller: Caller, what: str, size: int | None) -> None:
         bucket = self._bucket(caller, what, size)

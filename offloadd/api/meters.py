@@ -11,18 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 
+from offloadd.api.request_meters import RequestMeters
 from offloadd.events import About, EventKind, event_of
-from offloadd.state.served import Fate, Served
 from offloadd.units import Seconds
 
 MAX_NAMES = 256
 OTHERS = "(others)"
-_HOPS = {Fate.CANCELLED: "client", Fate.REFUSED: "offloadd", Fate.FAILED: "backend"}
-"""Where a request that was not answered ended."""
-_WAITS = (0.005, 0.05, 0.25, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_FIRST = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
-_LASTS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _LOADS = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
 _CYCLES = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
@@ -37,21 +31,12 @@ class Meters:
         self._names: set[str] = {""}
         self._failed: dict[str, str] = {}
         ProcessCollector(namespace="offloadd", registry=self.registry)
+        requests = RequestMeters(self._known)
+        self.registry.register(requests)
+        self.served = requests.served
+        """To be told of each inference request at its end."""
 
         count, spread = self._count, self._spread
-        self._requests = count("requests", "Inference requests, by how they ended", "model", "path", "fate", "code")
-        self._errors = count("proxy_errors", "Inference requests not answered, by where they ended", "hop", "code")
-        text = "Requests that a second instance was asked too (queue.hedge_after), by whether it won"
-        self._hedges = count("hedges", text, "model", "outcome")
-        self._tokens = count("tokens", "Tokens of answered requests", "model", "backend", "kind")
-        self._waits = spread("request_wait", "Time in the queue until an instance was granted", _WAITS, "model")
-        self._lasts = spread("request_duration", "Time from a request's arrival to its last byte", _LASTS, "model")
-        self._first = spread(
-            "request_first_token", "Time from the grant to the first byte of an answer that is a stream", _FIRST, "model", "backend"
-        )
-        text = "Mean time between two tokens of one answer"
-        self._between = spread("request_inter_token", text, _BETWEEN, "model", "backend")
-
         self._starts = count("instance_starts", "Instances launched", "model", "backend")
         self._loads = count("instance_loads", "Instances that became ready", "model", "backend")
         self._load_times = spread("instance_load", "Time from launch to ready", _LOADS, "model", "backend")
@@ -86,26 +71,6 @@ class Meters:
             EventKind.CONFIG_REFUSED: lambda *_: self._reloads.labels("refused").inc(),
             EventKind.INTERNAL_ERROR: lambda *_: self._internal.inc(),
         }
-
-    def served(self, served: Served) -> None:
-        """One inference request is over."""
-        model, backend = self._known(served.model or ""), self._known(served.backend or "")
-        self._requests.labels(model, served.path, served.fate.value, served.status).inc()
-        if hop := _HOPS.get(served.fate):
-            self._errors.labels(hop, served.status).inc()
-        if served.hedged:
-            self._hedges.labels(model, served.hedged).inc()
-        self._lasts.labels(model).observe(served.duration)
-        if served.waited is not None:
-            self._waits.labels(model).observe(served.waited)
-        if served.first_byte is not None and served.streamed:  # any other answer comes whole, at its end
-            self._first.labels(model, backend).observe(served.first_byte)
-        if served.tokens_per_second:
-            self._between.labels(model, backend).observe(1 / served.tokens_per_second)
-        counts = (("prompt", served.prompt_tokens), ("cached", served.cached_tokens), ("completion", served.completion_tokens))
-        for kind, tokens in counts:
-            if tokens:
-                self._tokens.labels(model, backend, kind).inc(tokens)
 
     def cycled(self, took: Seconds) -> None:
         """The scheduler went once around."""

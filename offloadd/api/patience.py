@@ -10,7 +10,7 @@ import ipaddress
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,23 @@ IDLE = Seconds(75)
 SWEEP = Seconds(2)
 RESERVED_FILES = 256
 """Descriptors that clients never get: for engines, logs, databases, and an operator who wants to know what goes on."""
+_HALF = "stopped sending in the middle of its request"
+_HERE = nullcontext()
+"""What watches a body that is here already."""
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 @dataclass(slots=True)
-class _Connection:
+class Known:
+    """One connection: how long its client may be waited for, and from when on; without a limit while we work for it."""
+
     peer: str
     since: Instant
-    asked: bool = False
+    limit: Seconds | None = FIRST_REQUEST
+
+    def wait(self, limit: Seconds, now: Instant) -> None:
+        """From now on the client has so long to send what it wants."""
+        self.since, self.limit = now, limit
 
 
 @dataclass(slots=True)
@@ -55,11 +64,15 @@ class Patience:
     def __init__(self, clock: Clock, files: int) -> None:
         self._clock = clock
         self._most = max(16, (files - RESERVED_FILES) // 2)
-        self._connections: dict[asyncio.Transport, _Connection] = {}
+        self._connections: dict[asyncio.Transport, Known] = {}
         self._peers: Counter[str] = Counter()
         self._bodies: dict[int, _Body] = {}
         self._somebody = asyncio.Event()
         self.refused = 0
+
+    def now(self) -> Instant:
+        """By the clock that limits are measured with."""
+        return self._clock.now()
 
     def guard(self, server: web.Server | None) -> None:
         """Be told of every connection that comes and goes."""
@@ -68,27 +81,27 @@ class Patience:
 
         def connection_made(handler: Any, transport: asyncio.Transport) -> None:
             made(handler, transport)
-            if not self._enter(transport):
-                transport.write(_BUSY)
+            if transport not in self._connections and self.enter(transport) is None:  # else it has come here by way of a `Front`
                 transport.close()
 
         def connection_lost(handler: Any, exc: BaseException | None = None) -> None:
-            self._leave(handler.transport)
+            self.leave(handler.transport)
             lost(handler, exc)
 
         # The library has no other place at which a connection, rather than a request, can be judged.
         server.connection_made = connection_made  # type: ignore[method-assign]
         server.connection_lost = connection_lost  # type: ignore[method-assign]
 
-    @contextmanager
-    def of(self, request: web.Request) -> Iterator[None]:
-        """A request has come; its body is to come steadily."""
-        known = self._connections.get(request.transport) if request.transport else None
+    def of(self, request: web.Request) -> AbstractContextManager[None]:
+        """A request has come; its body is to come steadily, as long as a block runs."""
+        transport = request.transport
+        known = None if transport is None else self._connections.get(transport)
         if known is not None:
-            known.asked = True
-        if not request.can_read_body:
-            yield
-            return
+            known.limit = None
+        return self._watched(request) if request.can_read_body else _HERE
+
+    @contextmanager
+    def _watched(self, request: web.Request) -> Iterator[None]:
         self._bodies[id(request)] = _Body(request, request.content.total_bytes, self._clock.now())
         try:
             yield
@@ -109,9 +122,11 @@ class Patience:
         now = self._clock.now()
         for transport, known in list(self._connections.items()):
             if transport.is_closing():
-                self._leave(transport)
-            elif not known.asked and now - known.since > FIRST_REQUEST:
-                self._end(transport, known.peer, "sent no whole request")
+                self.leave(transport)
+            elif known.limit == IDLE and now - known.since > IDLE:
+                transport.close()  # as clients expect: nothing is said of it
+            elif known.limit is not None and now - known.since > known.limit:
+                self._end(transport, known.peer, _HALF if known.limit == STALL else "sent no whole request")
         for body in list(self._bodies.values()):
             self._check_body(body, now)
 
@@ -122,20 +137,23 @@ class Patience:
         if moved or request.content.is_eof() or transport is None or not transport.is_reading():
             body.size, body.since = request.content.total_bytes, now
         elif now - body.since > STALL:
-            self._end(transport, request.remote or "", "stopped sending in the middle of its request")
+            self._end(transport, request.remote or "", _HALF)
 
-    def _enter(self, transport: asyncio.Transport) -> bool:
+    def enter(self, transport: asyncio.Transport) -> Known | None:
+        """A connection has been made; None, and an answer that says so, when there are too many."""
         peer = _peer(transport)
         if len(self._connections) >= self._most or (peer and self._peers[peer] >= PER_PEER):
             self.refused += 1
-            return False
-        self._connections[transport] = _Connection(peer, self._clock.now())
+            transport.write(_BUSY)
+            return None
+        known = self._connections[transport] = Known(peer, self._clock.now())
         self._somebody.set()
         if peer:
             self._peers[peer] += 1
-        return True
+        return known
 
-    def _leave(self, transport: asyncio.Transport | None) -> None:
+    def leave(self, transport: asyncio.Transport | None) -> None:
+        """It is gone."""
         known = self._connections.pop(transport, None) if transport else None
         if known is not None and known.peer:
             self._peers[known.peer] -= 1
@@ -144,7 +162,7 @@ class Patience:
 
     def _end(self, transport: asyncio.Transport, peer: str, why: str) -> None:
         log.info("closed the connection of %s: it %s", peer or "a local client", why)
-        self._leave(transport)
+        self.leave(transport)
         transport.abort()
 
 

@@ -39,6 +39,28 @@ class Entry:
     about: About
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """A request that is over. What there is to say of it is put into words when somebody asks, which nobody does for most."""
+
+    number: int
+    at: float
+    served: Served
+
+    def told(self) -> Entry:
+        served = self.served
+        data = {"path": served.path, "fate": served.fate.value, "status": served.status, "duration_s": round(served.duration, 4)}
+        about = About(
+            kind=EventKind.REQUEST_ENDED,
+            model=served.model or "",
+            instance=str(served.instance or ""),
+            backend=served.backend or "",
+            request=served.request,
+            data=data,
+        )
+        return Entry(number=self.number, at=self.at, level="debug", message=_end_of(served)[:LONGEST], about=about)
+
+
 @dataclass(slots=True)
 class Follower:
     """One who is told everything from now on. Once `lost`, nothing more comes."""
@@ -60,18 +82,22 @@ class _Ring:
     """The latest entries of each of the latest names."""
 
     def __init__(self) -> None:
-        self._by_name: OrderedDict[str, deque[Entry]] = OrderedDict()
+        self._by_name: OrderedDict[str, deque[Entry | _Ended]] = OrderedDict()
 
-    def add(self, name: str, entry: Entry) -> None:
+    def add(self, name: str, entry: Entry | _Ended) -> None:
         if not name:
             return
-        self._by_name.setdefault(name, deque(maxlen=KEPT_EACH)).append(entry)
-        self._by_name.move_to_end(name)
+        known = self._by_name.get(name)
+        if known is not None:
+            known.append(entry)
+            self._by_name.move_to_end(name)
+            return
+        self._by_name[name] = deque((entry,), maxlen=KEPT_EACH)
         if len(self._by_name) > NAMES:
             self._by_name.popitem(last=False)
 
     def of(self, name: str) -> list[Entry]:
-        return list(self._by_name.get(name, ()))
+        return [each if isinstance(each, Entry) else each.told() for each in self._by_name.get(name, ())]
 
 
 class Recent(logging.Handler):
@@ -105,15 +131,11 @@ class Recent(logging.Handler):
 
     def served(self, served: Served) -> None:
         """A request is over."""
-        model, instance, backend = served.model or "", str(served.instance or ""), served.backend or ""
-        data = {"path": served.path, "fate": served.fate.value, "status": served.status, "duration_s": round(served.duration, 4)}
-        about = About(
-            kind=EventKind.REQUEST_ENDED, model=model, instance=instance, backend=backend, request=served.request, data=data
-        )
-        entry = self._entry(about, _end_of(served), "debug", self._wall())
         with self._guard():
+            self._number += 1
+            entry = _Ended(self._number, self._wall(), served)
             self._requests.add(served.request, entry)
-            self._served.add(model, entry)
+            self._served.add(served.model or "", entry)
 
     def latest(self) -> list[Entry]:
         """The latest events, oldest first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from aiohttp import web
 
 from offloadd.api.operations import OPERATIONS, Operation
@@ -21,15 +23,20 @@ _UPSTREAM_INFERENCE = frozenset(
 
 def operation_of(request: web.Request) -> Operation | None:
     """The operation that the request's route is, by the route that it matched: never by its URL's text."""
-    resource = request.match_info.route.resource
-    method = "GET" if request.method == "HEAD" else request.method
-    return None if resource is None else OPERATIONS.get((method, resource.canonical))
+    return _of_route(request.match_info.route, "GET" if request.method == "HEAD" else request.method)
+
+
+@functools.lru_cache(maxsize=1024)  # more than there are routes and methods
+def _of_route(route: web.AbstractRoute, method: str) -> Operation | None:
+    return None if route.resource is None else OPERATIONS.get((method, route.resource.canonical))
 
 
 def check_query(request: web.Request) -> None:
     """Refuse values of query parameters that are none of those described. Others than those are not ours to judge."""
     operation = operation_of(request)
-    for name, schema in ((operation and operation.query) or {}).items():
+    if operation is None or operation.query is None:
+        return
+    for name, schema in operation.query.items():
         given = request.query.getall(name, [])
         allowed = schema.get("enum")
         if len(given) > 1 or (given and allowed is not None and given[0] not in allowed):
@@ -39,14 +46,13 @@ def check_query(request: web.Request) -> None:
 
 def scope_of(request: web.Request) -> Scope:
     """What this request needs, by the route that it matched: never by its URL's text, which can be written in many ways."""
+    operation = operation_of(request)
+    if operation is not None and operation.path != UPSTREAM:
+        return operation.scope
     resource = request.match_info.route.resource
     if resource is None:
         return Scope.READ  # nothing is there: whoever may look may learn that
-    path = resource.canonical
-    if path == UPSTREAM:
-        return _of_upstream(request)
-    operation = operation_of(request)
-    return Scope.ADMIN if operation is None else operation.scope
+    return _of_upstream(request) if resource.canonical == UPSTREAM else Scope.ADMIN
 
 
 def _of_upstream(request: web.Request) -> Scope:

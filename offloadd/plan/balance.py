@@ -59,7 +59,7 @@ def pick(seats: Sequence[Seat], *, now: Instant, known: InstanceId | None = None
     free = free or [seat for seat in seats if seat.leases < seat.slots and _nobody_well(seats, now=now)]
     if not free:
         return None
-    best = min(free, key=lambda seat: _load(seat, now))
+    best = free[0] if len(free) == 1 else min(free, key=lambda seat: _load(seat, now))
     if known is not None and best.instance != known:
         familiar = next((seat for seat in free if seat.instance == known), None)
         if familiar is not None and _load(familiar, now)[0] <= _load(best, now)[0] + AHEAD:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 
 from aiohttp import web
 
 from offloadd.clock import Clock
-from offloadd.errors import OffloaddError
+from offloadd.errors import OffloaddError, RequestError
 from offloadd.events import EventKind, about
 from offloadd.proxy.leases import Lease
 from offloadd.proxy.taps import Tap, Tokens
@@ -32,6 +33,7 @@ class Account:
         "granted",
         "hedged",
         "lease",
+        "lost",
         "model",
         "moved",
         "path",
@@ -55,6 +57,8 @@ class Account:
         """Whether an engine had it."""
         self.broken = False
         """Whether the answer broke off."""
+        self.lost: RequestError | None = None
+        """How a first try came to nothing; for the reason that the answer gives."""
         self.moved = False
         """Whether it has gone to another instance already: it does so once."""
         self.hedged = ""
@@ -92,18 +96,21 @@ class Accounts:
 
     def open(self, request: web.Request) -> Account:
         """The request's account; made when it is first asked for."""
-        found = request.get(ACCOUNT)
-        if found is None:
-            pattern = _pattern(request)
-            found = Account(pattern, self._dialects.get(pattern, ""), self._clock)
-            request[ACCOUNT] = found
-        return found
+        try:
+            return request[ACCOUNT]
+        except KeyError:
+            pattern = _pattern(request.match_info.route)
+            found = request[ACCOUNT] = Account(pattern, self._dialects.get(pattern, ""), self._clock)
+            return found
 
     def close(self, request: web.Request, request_id: str, status: int | None, error: OffloaddError | None = None) -> None:
         """The request is over, with this status; None when its client left. Requests to the control plane have no account."""
-        if ACCOUNT not in request and _pattern(request) not in self._dialects:
-            return
-        account = self.open(request)
+        try:
+            account = request[ACCOUNT]
+        except KeyError:
+            if _pattern(request.match_info.route) not in self._dialects:
+                return
+            account = self.open(request)
         if error is not None:
             account.reason = error.message
         served = self._sum_up(account, request_id, status)
@@ -157,8 +164,9 @@ def _fate(account: Account, status: int | None) -> Fate:
     return Fate.ANSWERED if account.sent or status < 400 else Fate.REFUSED
 
 
-def _pattern(request: web.Request) -> str:
-    resource = request.match_info.route.resource
+@functools.lru_cache(maxsize=256)  # more than there are routes
+def _pattern(route: web.AbstractRoute) -> str:
+    resource = route.resource
     return "" if resource is None else resource.canonical
 
 

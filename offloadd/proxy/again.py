@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from aiohttp import web
 
 from offloadd.events import EventKind, about
-from offloadd.proxy.account import ACCOUNT
+from offloadd.proxy.account import ACCOUNT, Account
 from offloadd.proxy.relay import BackendLostError
 from offloadd.state.ids import BackendName, ModelName
 
@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Engines = Callable[[ModelName], Collection[BackendName]]
-LOST: web.RequestKey[BackendLostError] = web.RequestKey("lost", BackendLostError)
-"""How a first try came to nothing; for the reason that the answer gives."""
 
 
 def with_another_try(routes: Iterable[web.RouteDef], engines: Engines) -> list[web.RouteDef]:
@@ -34,10 +32,10 @@ def with_another_try(routes: Iterable[web.RouteDef], engines: Engines) -> list[w
     return [_repeated(route, engines) if route.method == "POST" else route for route in routes]
 
 
-def check_other(request: web.Request, granted: BackendName) -> None:
+def check_other(account: Account, granted: BackendName) -> None:
     """The first failure once more, when the second try would be with the engine that the request may have killed."""
-    lost = request.get(LOST)
-    if lost is not None and lost.suspect and lost.backend == granted:
+    lost = account.lost
+    if isinstance(lost, BackendLostError) and lost.suspect and lost.backend == granted:
         raise lost
 
 
@@ -55,7 +53,7 @@ def _repeated(route: web.RouteDef, engines: Engines) -> web.RouteDef:
             if lost.suspect and not set(engines(lost.instance.model)) - {lost.backend}:
                 raise
             account.moved = True
-            request[LOST] = lost
+            account.lost = lost
             log.info("%s; trying another", lost.message, extra=about(EventKind.REQUEST_MOVED, instance=lost.instance))
         return await first(request)
 

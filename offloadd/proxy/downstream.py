@@ -79,7 +79,8 @@ class Whole(Sent):
         if transport is None or transport.is_closing():
             return
         transport.write(self._head + self._whole_body)
-        await self._request.writer.drain()
+        if self._request.protocol.writing_paused:
+            await self._request.protocol._drain_helper()
 
 
 class Stream(asyncio.Protocol):

@@ -13,13 +13,13 @@ from aiohttp import web
 from offloadd.errors import RequestError
 from offloadd.proxy import bodies, headers, relay, routing, speech
 from offloadd.proxy.account import Accounts
-from offloadd.proxy.again import LOST, check_other
+from offloadd.proxy.again import check_other
 from offloadd.proxy.bodies import Body
 from offloadd.proxy.dialects import openai, openai_streams, plain, sse
 from offloadd.proxy.dialects.base import Change, Translation
 from offloadd.proxy.downstream import Stream, Whole, json_answer
 from offloadd.proxy.leases import Lease, LeaseBook
-from offloadd.proxy.media import check_media
+from offloadd.proxy.media import check_media, may_point
 from offloadd.proxy.upstream import Pool
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, ModelName
@@ -44,7 +44,6 @@ class Gateway:
         book: LeaseBook,
         desired: Callable[[], DesiredState],
         pool: Pool,
-        cancels_only_streams: Callable[[BackendName], bool],
         request_id: Callable[[web.Request], str],
         bears: Callable[[web.Request], Mapping[str, str]],
         accounts: Accounts,
@@ -57,7 +56,6 @@ class Gateway:
         self._book = book
         self._desired = desired
         self._pool = pool
-        self._cancels_only_streams = cancels_only_streams
         self._request_id = request_id
         self._bears = bears
         self._accounts = accounts
@@ -233,18 +231,23 @@ class Gateway:
     async def _answer(self, request: web.Request, lease: Lease, call: relay.Call, head: routing.Head) -> web.StreamResponse:
         """The engine's own answer, as a stream or whole, put right where the engine needs it."""
         model = lease.host.instance.model
-        api, number = lease.host.api, f"chatcmpl-{self._request_id(request)}"
+        api = lease.host.api
         if head.stream:
-            return await self._stream(request, lease, call, openai_streams.repair(call.path, api, head.n, model, number))
+            repair = openai_streams.repair(call.path, api, head.n, model, self._number(request))
+            return await self._stream(request, lease, call, repair)
         answer = await self._read(lease, call)
         body = answer.body
         if not api.exact and b"json" in headers.field(answer.fields, b"content-type").lower():
-            body = msgspec.json.encode(openai_streams.put_right(call.path, sse.decode(body), model, number))
+            body = msgspec.json.encode(openai_streams.put_right(call.path, sse.decode(body), model, self._number(request)))
         return Whole(request, answer.status, answer.fields, self._named(request, lease), body)
+
+    def _number(self, request: web.Request) -> str:
+        """What an answer is called that we had to put right."""
+        return f"chatcmpl-{self._request_id(request)}"
 
     def _collectable(self, lease: Lease, path: str, body: bytes) -> dict[str, Any] | None:
         """The request's fields, where its plain answer has to be fetched as a stream and can be. See `dialects/openai.py`."""
-        if not self._cancels_only_streams(lease.host.backend):
+        if not lease.host.cancels_only_streams:
             return None
         fields: dict[str, Any] = routing.read_object(body)
         return fields if openai.can_collect(path, fields) else None
@@ -257,24 +260,23 @@ class Gateway:
         return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.answer))
 
     async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
-        only_streams = self._cancels_only_streams(lease.host.backend)
-        return await (self._to_the_end(lease, call) if only_streams else self._read_now(lease, call))
-
-    async def _read_now(self, lease: Lease, call: relay.Call) -> relay.Answer:
         reading = relay.Reading(self._pool, self._book, lease, call)
-        await reading.run()
+        if lease.host.cancels_only_streams:
+            await self._to_the_end(lease, reading)
+        else:
+            await reading.run()
         return reading.answer
 
-    async def _to_the_end(self, lease: Lease, call: relay.Call) -> relay.Answer:
+    async def _to_the_end(self, lease: Lease, reading: relay.Reading) -> None:
         """For a backend that works on after its client has left: the lease then lasts as long as the work does."""
-        task = asyncio.create_task(self._read_now(lease, call))
+        task = asyncio.create_task(reading.run())
         try:
-            return await asyncio.shield(task)
+            await asyncio.shield(task)
         except asyncio.CancelledError:
             self._linger(task, lease)
             raise
 
-    def _linger(self, task: asyncio.Task[relay.Answer], lease: Lease) -> None:
+    def _linger(self, task: asyncio.Task[None], lease: Lease) -> None:
         lease.lingers = True
 
         async def wait() -> None:
@@ -289,18 +291,17 @@ class Gateway:
 
     def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None, *, as_json: bool = False) -> relay.Call:
         """The call that a request becomes. `as_json`: its body is ours, and JSON, whatever the client said of its own."""
-        check_other(request, lease.host.backend)
-        if body:
-            check_media(body, self._desired().server.access.media_hosts)
-            self._book.suspects.check(lease.host.instance.model, body)
         account = self._accounts.open(request)
+        check_other(account, lease.host.backend)
+        if body:
+            if may_point(body):
+                check_media(body, self._desired().server.access.media_hosts)
+            self._book.suspects.check(lease.host.instance.model, body)
         account.grant(lease, len(body or b""))
         own = headers.lines((("X-Request-Id", self._request_id(request)),))
-        fields = request.raw_headers
-        if as_json:
-            own += b"Content-Type: application/json\r\n"
-            fields = tuple(pair for pair in fields if pair[0].lower() != b"content-type")
-        return relay.Call(method=request.method, path=path, fields=fields, own=own, account=account, body=body)
+        return relay.Call(
+            method=request.method, path=path, fields=request.raw_headers, own=own, account=account, body=body, as_json=as_json
+        )
 
     def leased(
         self,
@@ -316,18 +317,22 @@ class Gateway:
         `patient` is a request whose client wants server-sent events: while it waits, it is shown that it is not forgotten.
         """
 
-        async def acquire() -> Lease:
-            comfort = None if patient is None else self._comfort(patient)
-            return lease or await self._book.acquire(spec, while_waiting=comfort, conversation=conversation, backend=backend)
-
-        return _Holding(self._book, acquire, backend)
+        comfort = None if patient is None else self._comfort(patient)
+        if lease is not None:
+            return _Holding(self._book, _given(lease), backend)
+        waiting = self._book.acquire(spec, while_waiting=comfort, conversation=conversation, backend=backend)
+        return _Holding(self._book, waiting, backend)
 
     def _named(self, request: web.Request, lease: Lease, more: Mapping[str, str] = _NONE) -> bytes:
         """Header lines of ours: whose answer it is, and to what."""
         origin = relay.origin(lease)
-        if LOST in request:
-            origin["X-Offloadd-Reason"] += f"; before, {request[LOST].message}"
+        if (lost := self._accounts.open(request).lost) is not None:
+            origin["X-Offloadd-Reason"] += f"; before, {lost.message}"
         return headers.lines((*self._bears(request).items(), *origin.items(), *more.items()))
+
+
+async def _given(lease: Lease) -> Lease:
+    return lease
 
 
 class _Holding:
@@ -335,14 +340,14 @@ class _Holding:
 
     __slots__ = ("_acquire", "_backend", "_book", "_lease")
 
-    def __init__(self, book: LeaseBook, acquire: Callable[[], Awaitable[Lease]], backend: str | None) -> None:
+    def __init__(self, book: LeaseBook, acquire: Awaitable[Lease], backend: str | None) -> None:
         self._book = book
         self._acquire = acquire
         self._backend = backend
         self._lease: Lease | None = None
 
     async def __aenter__(self) -> Lease:
-        lease = await self._acquire()
+        lease = await self._acquire
         try:
             routing.check_granted(lease.host.backend, self._backend)
         except RequestError:

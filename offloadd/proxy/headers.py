@@ -37,6 +37,8 @@ _NOT_TO_BACKENDS = _HOP_BY_HOP | {
     b"x-request-id",
 }
 """Credentials are for offloadd; a backend that saw Origin would answer for itself who may read it; a body arrives here unpacked."""
+_NOT_WITH_JSON = _NOT_TO_BACKENDS | {b"content-type"}
+_JSON = b"Content-Type: application/json\r\n"
 _NOT_TO_CLIENTS = _HOP_BY_HOP | {
     b"server",
     b"date",
@@ -60,9 +62,12 @@ class BrokenAnswerError(Exception):
     """What a backend sent is not an HTTP answer, or not one that may be passed on."""
 
 
-def request_head(method: str, target: str, authority: str, fields: Fields, own: bytes) -> bytes:
-    """The head of a request to a backend, without its framing and its last empty line."""
-    kept = _kept(fields, _NOT_TO_BACKENDS)
+def request_head(method: str, target: str, authority: str, fields: Fields, own: bytes, *, as_json: bool = False) -> bytes:
+    """The head of a request to a backend, without its framing and its last empty line.
+
+    `as_json`: the body is JSON, whatever `fields` say of its type.
+    """
+    kept = _kept(fields, _NOT_WITH_JSON) + _JSON if as_json else _kept(fields, _NOT_TO_BACKENDS)
     # What comes is read and put together here, and a token is too short to compress.
     return b"%b %b HTTP/1.1\r\nHost: %b\r\nAccept-Encoding: identity\r\n%b%b" % (
         method.encode("ascii"),
@@ -107,10 +112,11 @@ def _kept(fields: Fields, dropped: frozenset[bytes]) -> bytes:
             if key == b"connection" and b"," in value + b"," and value.lower() not in (b"close", b"keep-alive"):
                 return _kept([pair for pair in fields if pair[0].lower() != b"connection"], dropped | _named(fields))
             continue
-        if b"\n" in value or b"\r" in value or b"\0" in value:
-            raise BrokenAnswerError(f"the header {name[:64]!r} holds a line break")
         kept.append(b"%b: %b\r\n" % (name, value))
-    return b"".join(kept)
+    lines = b"".join(kept)
+    if not lines.count(b"\n") == lines.count(b"\r") == len(kept) or b"\0" in lines:
+        raise BrokenAnswerError("a header holds a line break")
+    return lines
 
 
 def _named(fields: Fields) -> frozenset[bytes]:

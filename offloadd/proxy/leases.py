@@ -38,6 +38,8 @@ class Host:
     slots: int
     sign: Callable[[], None]
     """To be called when bytes came from it."""
+    cancels_only_streams: bool = False
+    """Whether it works on for a client that has left, unless it answers with a stream."""
     api: EngineApi = field(default_factory=EngineApi)
     """What it speaks."""
 
@@ -111,6 +113,8 @@ class LeaseBook:
         """Leases that take a slot."""
         self._last_used: dict[ModelName, Instant] = {}
         self._idle_since: dict[InstanceId, Instant] = {}
+        self._waiting = 0
+        """Requests that are in any line, or have just been granted what they waited for."""
         self._closed = ""
         self.memory = Memory(clock)
         self.suspects = Suspects(clock)
@@ -136,10 +140,10 @@ class LeaseBook:
         now = self._clock.now()
         self._last_used[spec.name] = now
         line = self._line(spec, None if backend is None else BackendName(backend), now)
-        lease = self._try(line, len(line.waiters), since=now, conversation=conversation)
+        lease = self._try(line, len(line.waiters), since=now, now=now, conversation=conversation)
         if lease is not None:
             return lease
-        if sum(len(line.waiters) for line in self._lines.values()) >= MAX_WAITING:
+        if self._waiting >= MAX_WAITING:
             message = f"{MAX_WAITING} requests wait already, over all models"
             raise RequestError(503, "too_many_waiting", message, retry_after=Seconds(5))
         granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
@@ -151,7 +155,7 @@ class LeaseBook:
         It does not count as use: whoever only looks keeps no model loaded.
         """
         hosts = [] if self._closed else self._hosts(spec.name)
-        return self._record(hosts[0], "asked for by path", since=self._clock.now(), beside=True) if hosts else None
+        return self._record(hosts[0], "asked for by path", waited=Seconds(0), beside=True) if hosts else None
 
     def release(self, lease: Lease) -> None:
         """The request is over: its slot goes to the next in line, as soon as it is free."""
@@ -159,15 +163,17 @@ class LeaseBook:
             lease.over.add_done_callback(lambda _: self.release(lease))
             return
         self._drop(lease)
-        if not self._held(lease.host.instance) and not lease.beside:
-            self._idle_since[lease.host.instance] = self._clock.now()
         if lease.beside:
             return
-        model = lease.host.instance.model
-        if model in self._lines:  # else the config has dropped it meanwhile
-            self._last_used[model] = self._clock.now()
-        self._serve(model)
-        if not self._held(lease.host.instance) or any(line.waiters for line in self._all_lines()):
+        instance, now = lease.host.instance, self._clock.now()
+        idle = instance not in self._counts
+        if idle:
+            self._idle_since[instance] = now
+        if instance.model in self._lines:  # else the config has dropped it meanwhile
+            self._last_used[instance.model] = now
+        if self._waiting:
+            self._serve(instance.model)
+        if idle or self._waiting:
             self._wake()  # else nothing has changed that a plan could turn on
 
     def forget(self, instance: InstanceId) -> None:
@@ -229,6 +235,7 @@ class LeaseBook:
 
     async def _wait(self, line: _Line, waiter: _Waiter, told: Callable[[Seconds], Awaitable[None]] | None) -> Lease:
         line.waiters.append(waiter)
+        self._waiting += 1
         decision = self._decision(line.spec.name)
         if self._waits is not None:
             self._waits(line.spec.name, decision.sentence if decision else "it is not planned yet")
@@ -242,6 +249,8 @@ class LeaseBook:
             if isinstance(error, TimeoutError):
                 raise self._too_late(line.spec, limit) from None
             raise
+        finally:
+            self._waiting -= 1
 
     async def _granted(self, waiter: _Waiter, told: Callable[[Seconds], Awaitable[None]]) -> Lease:
         """The lease. A client that takes no bytes must not keep us from seeing that it is granted."""
@@ -284,7 +293,7 @@ class LeaseBook:
                 line.waiters.popleft()
                 continue
             try:
-                lease = self._try(line, 0, since=waiter.since, conversation=waiter.conversation)
+                lease = self._try(line, 0, since=waiter.since, now=self._clock.now(), conversation=waiter.conversation)
             except RequestError as refusal:
                 _refuse_all(line, refusal)
                 return
@@ -295,7 +304,7 @@ class LeaseBook:
 
     def _line(self, spec: ModelSpec, backend: BackendName | None, now: Instant) -> _Line:
         """Where a request for this engine, or for any, queues."""
-        line = self._lines.setdefault(spec.name, _Line(spec))
+        line = self._lines.get(spec.name) or self._lines.setdefault(spec.name, _Line(spec))
         if backend is not None:
             self._asked.setdefault(spec.name, {})[backend] = now
             line = self._named.setdefault(spec.name, {}).setdefault(backend, _Line(spec, backend))
@@ -309,17 +318,18 @@ class LeaseBook:
     def _all_lines(self) -> list[_Line]:
         return [line for model in self._lines for line in self._lines_of(model)]
 
-    def _try(self, line: _Line, waiting: int, *, since: Instant, conversation: int | None = None) -> Lease | None:
+    def _try(self, line: _Line, waiting: int, *, since: Instant, now: Instant, conversation: int | None = None) -> Lease | None:
         spec = line.spec
-        hosts = [host for host in self._hosts(spec.name) if line.backend in (None, host.backend)]
+        hosts = self._hosts(spec.name)
+        if line.backend is not None:
+            hosts = [host for host in hosts if host.backend == line.backend]
         known = self.memory.place(conversation) if len(hosts) > 1 else None
-        now = self._clock.now()
         answer = admit(spec, self._decision(spec.name), [self._seat(host) for host in hosts], waiting, now=now, known=known)
         match answer:
             case Granted():
-                host = next(h for h in hosts if h.instance == answer.instance)
+                host = hosts[0] if len(hosts) == 1 else next(h for h in hosts if h.instance == answer.instance)
                 self.memory.put(conversation, host.instance)
-                lease = self._record(host, answer.why, since=since)
+                lease = self._record(host, answer.why, waited=Seconds(now - since))
                 lease.hedge_after = spec.queue.hedge_after
                 return lease
             case Queued():
@@ -328,7 +338,7 @@ class LeaseBook:
                 raise RequestError(answer.status, answer.code, answer.message, retry_after=answer.retry_after)
 
     def _seat(self, host: Host) -> Seat:
-        held, standing = self._held(host.instance), self.memory.standing(host.instance)
+        held, standing = self._counts.get(host.instance, 0), self.memory.standing(host.instance)
         return Seat(
             instance=host.instance,
             backend=host.backend,
@@ -356,7 +366,7 @@ class LeaseBook:
         other = self._other(lease)
         if other is None or any(line.waiters for line in self._lines_of(lease.host.instance.model)):
             return None
-        return self._record(other, lease.why, since=self._clock.now())
+        return self._record(other, lease.why, waited=Seconds(0))
 
     def swap(self, lease: Lease, other: Lease, why: str) -> None:
         """Change the instances of two leases that are both held: what was the one's is the other's now, its end included."""
@@ -379,8 +389,7 @@ class LeaseBook:
             return None
         return next(host for host in others if host.instance == seat.instance)
 
-    def _record(self, host: Host, why: str, *, since: Instant, beside: bool = False) -> Lease:
-        waited = Seconds(self._clock.now() - since)
+    def _record(self, host: Host, why: str, *, waited: Seconds, beside: bool = False) -> Lease:
         revoked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         lease = Lease(host=host, why=why, waited=waited, revoked=revoked, beside=beside)
         self._hold(lease)
@@ -388,7 +397,7 @@ class LeaseBook:
 
     def _hold(self, lease: Lease) -> None:
         instance = lease.host.instance
-        held = self._leases.setdefault(instance, set())
+        held = self._leases.get(instance) or self._leases.setdefault(instance, set())
         if len(held) == 1:  # with more, all of them know already
             next(iter(held)).crowded = True
         lease.crowded = bool(held)
@@ -398,19 +407,21 @@ class LeaseBook:
 
     def _drop(self, lease: Lease) -> None:
         instance = lease.host.instance
-        held = self._leases.get(instance, set())
-        if lease in held and not lease.beside:
-            self._count(instance, -1)
-        held.discard(lease)
+        held = self._leases.get(instance)
+        if held is None or lease not in held:
+            return
+        held.remove(lease)
         if not held:
-            self._leases.pop(instance, None)
+            del self._leases[instance]
+        if not lease.beside:
+            self._count(instance, -1)
 
     def _held(self, instance: InstanceId) -> int:
         return self._counts.get(instance, 0)
 
     def _count(self, instance: InstanceId, more: int) -> None:
         """Counted as they come and go: with a thousand of them, to count them for each would be the most of the work."""
-        count = self._held(instance) + more
+        count = self._counts.get(instance, 0) + more
         if count:
             self._counts[instance] = count
         else:

@@ -32,7 +32,7 @@ LAST_BYTES = Seconds(0.2)
 """After a backend has ended, what it sent before is still in the socket: so long we go on reading."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that would cost every request as much as the parsing of its body
 class Call:
     """One request as it goes to a backend. `path` begins with a slash and may carry a query, already encoded."""
 
@@ -46,6 +46,8 @@ class Call:
     upload: AsyncIterator[bytes] | None = None
     """A body that is passed on as it comes; `length` says how long it is, if that is known."""
     length: int | None = None
+    as_json: bool = False
+    """The body is ours, and JSON, whatever the client said of its own."""
     by_path: bool = False
     """Asked for under `/upstream/`: the answer goes back as it is, refusals too."""
     upgrade: bytes = b""
@@ -54,8 +56,8 @@ class Call:
     def head(self, endpoint: Endpoint) -> bytes:
         """The request's head, framed, for a server that may have its API elsewhere than below `/v1`."""
         authority = upstream.authority(endpoint)
-        own = self.own + headers.lines(endpoint.headers.items())
-        start = headers.request_head(self.method, endpoint.at(self.path), authority, self.fields, own)
+        own = self.own + headers.lines(endpoint.headers.items()) if endpoint.key else self.own
+        start = headers.request_head(self.method, endpoint.at(self.path), authority, self.fields, own, as_json=self.as_json)
         if self.upgrade:
             return b"%bConnection: Upgrade\r\nUpgrade: %b\r\n\r\n" % (start, self.upgrade)
         if self.upload is not None and self.length is None:

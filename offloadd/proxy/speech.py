@@ -29,9 +29,12 @@ _CAPABILITIES = {
 
 def check_spoken(spec: ModelSpec, api_of: ApiOf, *paths: str) -> None:
     """RequestError 400 unless one of the model's engines answers one of the paths: before it is loaded for nothing."""
-    apis = [api_of(spec, name) for name in spec.backends]
-    if not any(path in api.paths for api in apis for path in paths):
-        raise cannot(spec, apis, paths[0])
+    apis: list[EngineApi] = []
+    for name in spec.backends:
+        apis.append(api := api_of(spec, name))
+        if not api.paths.isdisjoint(paths):
+            return
+    raise cannot(spec, apis, paths[0])
 
 
 def speaks(spec: ModelSpec, api: EngineApi, *paths: str) -> str:

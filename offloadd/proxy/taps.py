@@ -67,25 +67,31 @@ class Tap:
         usage: dict[str, Any] = {}
         timings: dict[str, Any] = {}
         for data in seen:
-            if b'"usage":' in data or b'"timings":' in data:
-                text = _CHUNK_LINE.sub(b"", data).decode(errors="replace")
-                usage.update(_members(text, '"usage":'))
-                timings.update(_members(text, '"timings":'))
+            for name, found in ((b'"usage":', usage), (b'"timings":', timings)):
+                if name in data:
+                    text = _CHUNK_LINE.sub(b"", data) if b"\r\n" in data else data
+                    found.update(_members(text.decode(errors="replace"), name.decode()))
         return _tokens(usage, timings) if usage or timings else Tokens()
 
 
 def _tokens(usage: Mapping[str, Any], timings: Mapping[str, Any]) -> Tokens:
     """OpenAI's and Anthropic's names, and llama-server's own."""
-    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
     cached = _count(details, "cached_tokens") if isinstance(details, dict) else None
+    prompt, completion = _count(usage, "prompt_tokens", "input_tokens"), _count(usage, "completion_tokens", "output_tokens")
+    if cached is None and usage:
+        cached = _count(usage, "cache_read_input_tokens")
+    if not timings:
+        return Tokens(prompt, cached, completion)
     read, reused = _count(timings, "prompt_n"), _count(timings, "cache_n")
-    prompt = None if read is None else read + (reused or 0)
+    if prompt is None and read is not None:
+        prompt = read + (reused or 0)
     speed = timings.get("predicted_per_second")
     return Tokens(
-        prompt=_first(_count(usage, "prompt_tokens"), _count(usage, "input_tokens"), prompt),
-        cached=_first(cached, _count(usage, "cache_read_input_tokens"), reused),
-        completion=_first(_count(usage, "completion_tokens"), _count(usage, "output_tokens"), _count(timings, "predicted_n")),
-        per_second=float(speed) if isinstance(speed, int | float) and not isinstance(speed, bool) else None,
+        prompt,
+        reused if cached is None else cached,
+        _count(timings, "predicted_n") if completion is None else completion,
+        float(speed) if isinstance(speed, int | float) and not isinstance(speed, bool) else None,
     )
 
 
@@ -112,10 +118,10 @@ def _object_at(text: str, start: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _count(fields: Mapping[str, Any], name: str) -> int | None:
-    value = fields.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _first(*values: int | None) -> int | None:
-    return next((value for value in values if value is not None), None)
+def _count(fields: Mapping[str, Any], *names: str) -> int | None:
+    """The first of the members that is a count."""
+    for name in names:
+        value = fields.get(name)
+        if type(value) is int and value >= 0:
+            return value
+    return None

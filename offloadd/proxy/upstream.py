@@ -420,9 +420,10 @@ def _framing(fields: Fields) -> tuple[bool, int | None]:
             coded.append(value.strip().lower())
     if coded and (coded != [b"chunked"] or sizes):
         raise BrokenAnswerError("its transfer encoding is not plainly chunked")
-    if len(sizes) > 1 or not all(size.isdigit() for size in sizes):
+    size = sizes.pop() if sizes else None
+    if sizes or (size is not None and not size.isdigit()):
         raise BrokenAnswerError("its length is not one number")
-    return bool(coded), int(sizes.pop()) if sizes else None
+    return bool(coded), None if size is None else int(size)
 
 
 class Pool:

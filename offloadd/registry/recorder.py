@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from offloadd.registry.batch import Batch
 from offloadd.registry.store import Registry, day_of
@@ -13,6 +14,9 @@ from offloadd.state.ids import ModelName
 from offloadd.state.launch import Footprint
 from offloadd.state.served import Fate, Served
 
+_DAY_S = 86400
+_PLACES = {fate: Usage.__slots__.index(fate.value) for fate in Fate}
+_PROMPT = Usage.__slots__.index("prompt_tokens")
 MAX_MODELS = 10_000
 """Models whose totals are held; a client cannot make up more, since only requests of known models are counted."""
 
@@ -28,8 +32,9 @@ class Recorder:
         self._read_at = 0
         self.footprints: dict[str, Footprint] = {}
         """Everything learned, by key: what is on disk and what is on its way there."""
-        self.totals: dict[ModelName, Usage] = {}
-        """Everything that each model did, this day's requests included."""
+        self._totals: dict[ModelName, Usage] = {}
+        self._fresh: dict[tuple[ModelName, int], list[Any]] = {}
+        """Usage of each model on each day that is in no total yet: a request adds to plain numbers, in the order of `Usage`."""
 
     async def start(self) -> None:
         """Read what is known."""
@@ -60,15 +65,38 @@ class Recorder:
 
     def served(self, served: Served) -> None:
         """A request is over. Those that named no model that there is belong to nobody's history."""
-        if served.model is None or (served.model not in self.totals and len(self.totals) >= MAX_MODELS):
+        model = served.model
+        if model is None:
             return
-        usage = usage_of(served)
-        self._waiting.count(served.model, day_of(self._wall()), usage)
-        self.totals[served.model] = self.totals.get(served.model, Usage()).plus(usage)
+        key = (model, int(self._wall() // _DAY_S))
+        sums = self._fresh.get(key)
+        if sums is None:
+            if model not in self._totals and len(self._totals) + len(self._fresh) >= MAX_MODELS:
+                return
+            sums = self._fresh[key] = [0] * len(Usage.__slots__)
+        sums[_PLACES[served.fate]] += 1
+        sums[_PROMPT] += served.prompt_tokens or 0
+        sums[_PROMPT + 1] += served.cached_tokens or 0
+        sums[_PROMPT + 2] += served.completion_tokens or 0
+        sums[_PROMPT + 3] += served.duration
+
+    @property
+    def totals(self) -> Mapping[ModelName, Usage]:
+        """Everything that each model did, this day's requests included."""
+        self._sum_up()
+        return self._totals
+
+    def _sum_up(self) -> None:
+        fresh, self._fresh = self._fresh, {}
+        for (model, day), sums in fresh.items():
+            usage = Usage(**dict(zip(Usage.__slots__, sums, strict=True)))
+            self._waiting.count(model, day_of(day * _DAY_S), usage)
+            self._totals[model] = self._totals.get(model, Usage()).plus(usage)
 
     async def flush(self) -> bool:
         """Write what waits. False when it could not be written, and waits on."""
         async with self._turn:
+            self._sum_up()
             batch, self._waiting = self._waiting, Batch()
             if not batch and not self._registry.problem:
                 return True
@@ -83,18 +111,4 @@ class Recorder:
         self._read_at = self._registry.opened
         self.footprints = {**self._registry.footprints(), **self.footprints}
         known = self._registry.totals()
-        self.totals = {**self.totals, **known}
-
-
-def usage_of(served: Served) -> Usage:
-    """One request as a part of its day."""
-    return Usage(
-        answered=int(served.fate is Fate.ANSWERED),
-        refused=int(served.fate is Fate.REFUSED),
-        cancelled=int(served.fate is Fate.CANCELLED),
-        failed=int(served.fate is Fate.FAILED),
-        prompt_tokens=served.prompt_tokens or 0,
-        cached_tokens=served.cached_tokens or 0,
-        completion_tokens=served.completion_tokens or 0,
-        seconds=served.duration,
-    )
+        self._totals = {**self._totals, **known}

@@ -69,7 +69,7 @@ class Caller:
 
     def may_use(self, model: str, aliases: Iterable[str] = ()) -> bool:
         """Whether it may use a model, by its name or one of its aliases."""
-        return any(fnmatchcase(name, pattern) for name in (model, *aliases) for pattern in self.models)
+        return "*" in self.models or any(fnmatchcase(name, pattern) for name in (model, *aliases) for pattern in self.models)
 
 
 ANYBODY = Caller(scopes=frozenset())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 HostId = NewType("HostId", str)
 ModelName = NewType("ModelName", str)
@@ -32,9 +32,11 @@ class DeviceId:
         return self.name if self.host == LOCAL else f"{self.host}/{self.name}"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class InstanceId:
-    """One launch of a model's server. `number` grows with every launch of the model, from 1."""
+class InstanceId(NamedTuple):
+    """One launch of a model's server. `number` grows with every launch of the model, from 1.
+
+    A tuple, because every request looks several things up by it, and a tuple is hashed without a call.
+    """
 
     host: HostId
     model: ModelName

@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from offloadd.api.app import Door, answer_headers, build_app, request_id
+from offloadd.api.front import Fronts, Runner
 from offloadd.api.limits import KeyMeter
 from offloadd.api.patience import Patience
 from offloadd.clock import SystemClock
@@ -128,6 +129,7 @@ class Rig:
     served: list[Served]
     hosts: list[Host]
     gateway: Gateway
+    fronts: Fronts
     clients: list[Client] = field(default_factory=list)
 
     async def connect(self) -> Client:
@@ -237,7 +239,8 @@ async def rigged(
     desired = DesiredState(models={NAME: spec})
     endpoint = Endpoint(host=unix or HOST, port=engine.port)
     backend = BackendName("llamacpp")
-    hosts = [Host(instance=InstanceId(LOCAL, NAME, 1), backend=backend, endpoint=endpoint, slots=slots, sign=lambda: None)]
+    common = {"slots": slots, "sign": lambda: None, "cancels_only_streams": cancels_only_streams}
+    hosts = [Host(instance=InstanceId(LOCAL, NAME, 1), backend=backend, endpoint=endpoint, **common)]  # type: ignore[arg-type]
     clock = SystemClock()
     served: list[Served] = []
     book = LeaseBook(clock=clock, hosts=lambda _: hosts, decision=lambda _: None, wake=lambda: None)
@@ -249,7 +252,6 @@ async def rigged(
         desired=lambda: desired,
         pool=pool,
         api_of=lambda _spec, _engine: EngineApi(),
-        cancels_only_streams=lambda _: cancels_only_streams,
         request_id=request_id,
         bears=lambda request: answer_headers(request, door),
         accounts=accounts,
@@ -257,14 +259,16 @@ async def rigged(
     )
     routes = [*gateway.routes(), *Responses(gateway, accounts, lambda _spec, _engine: EngineApi()).routes()]
     app = build_app(None, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)  # type: ignore[arg-type]
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+    runner = Runner(app, door.patience, door.max_body, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
+    fronts = runner.fronts
+    assert fronts is not None
     listener = socket.create_server((HOST, 0), backlog=1024)
     port = listener.getsockname()[1]
     await web.SockSite(runner, listener).start()
     complaints: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    rig = Rig(engine, port, pool, book, spec, served, hosts, gateway)
+    rig = Rig(engine, port, pool, book, spec, served, hosts, gateway, fronts)
     try:
         yield rig
         await rig.quiet()
