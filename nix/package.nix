@@ -23,6 +23,7 @@ python3Packages.buildPythonApplication {
     rich
     typer
     uvloop
+    watchfiles
     yarl
   ];
 

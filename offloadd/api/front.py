@@ -134,6 +134,7 @@ class Front(BaseProtocol):
         "_asked",
         "_body",
         "_early",
+        "_early_size",
         "_fields",
         "_known",
         "_length",
@@ -156,6 +157,7 @@ class Front(BaseProtocol):
         self._known: Known | None = None
         self._reader: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._early: list[bytes] = []
+        self._early_size = 0
         self.task: asyncio.Task[None] | None = None
         self.peername = self.sockname = self.ssl_context = None  # as `web.Request` wants to know them
         self._reset()
@@ -209,7 +211,8 @@ class Front(BaseProtocol):
             self._read(data)
             return
         self._early.append(data)
-        if self.transport is not None and sum(map(len, self._early)) > MAX_EARLY:
+        self._early_size += len(data)
+        if self.transport is not None and self._early_size > MAX_EARLY:
             self.transport.pause_reading()
 
     def _read(self, data: bytes) -> None:
@@ -302,7 +305,7 @@ class Front(BaseProtocol):
         known.wait(IDLE, self._all.patience.now())
         self._reset()
         if self._early:
-            early, self._early = b"".join(self._early), []
+            early, self._early, self._early_size = b"".join(self._early), [], 0
             if len(early) > MAX_EARLY:
                 transport.resume_reading()
             self._read(early)
