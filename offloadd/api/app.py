@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aiohttp import web
@@ -19,12 +19,12 @@ from offloadd.api import listing, views
 from offloadd.api.caller import caller, identify
 from offloadd.api.dashboard import dashboard_route
 from offloadd.api.guard import check_host, check_site, cors_headers, preflight
-from offloadd.api.limits import KeyMeter
+from offloadd.api.limits import SMALL, Bodies, KeyMeter
 from offloadd.api.metrics import exposition
 from offloadd.api.openapi import description
 from offloadd.api.patience import Patience
 from offloadd.api.picture import Control, Picture
-from offloadd.api.scopes import check_query, scope_of
+from offloadd.api.scopes import check_query, is_passed_on, scope_of
 from offloadd.errors import RequestError
 from offloadd.events import EventKind, about
 from offloadd.state.access import ANYBODY, Access, Caller, Scope
@@ -60,6 +60,7 @@ class Door:
     patience: Patience
     max_body: int = ServerSpec().max_body
     """Bytes of a request's body; more are refused."""
+    bodies: Bodies = field(default_factory=Bodies)
 
 
 def build_app(
@@ -279,8 +280,20 @@ async def _pass(door: Door, request: web.Request, handler: Handler) -> web.Strea
         log.info("%s %s by %s", request.method, request.path[:200], who, extra=said)
     if scope is Scope.INFERENCE and request.method == "POST":
         with door.meter.admitted(present):
-            return await handler(request)
+            return await _with_room(door.bodies, request, handler)
     return await handler(request)
+
+
+async def _with_room(bodies: Bodies, request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The handler, its body counted while it runs; not where it is passed on as it comes."""
+    size = request.content_length
+    if (size is not None and size <= SMALL) or not request.can_read_body or is_passed_on(request):
+        return await handler(request)
+    size = await bodies.room(size, request.client_max_size, request.read)
+    try:
+        return await handler(request)
+    finally:
+        bodies.give_back(size)
 
 
 def _admit(request: web.Request, access: Access, scope: Scope) -> Caller:

@@ -1,16 +1,21 @@
-"""What each key uses: requests and tokens in the last minute, and requests at once."""
+"""What each key uses: requests and tokens in the last minute, and requests at once; and the memory that all bodies take."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from offloadd.clock import Clock
 from offloadd.errors import RequestError
 from offloadd.state.access import Caller
-from offloadd.units import Instant, Seconds
+from offloadd.units import Bytes, Instant, Seconds, format_bytes
 
 STEERING = 600
 """Calls in a minute that load, unload, reload or borrow, by one caller: each may start or stop servers."""
+SMALL = 64 * 1024
+"""Bytes of a body that is not counted: connections are bounded, and so is what all such bodies take."""
+BODIES = 1 << 30
+"""Bytes of larger bodies that are held at once."""
 _MINUTE = Seconds(60)
 
 
@@ -108,3 +113,39 @@ class KeyMeter:
         if known is None or known.size != size:
             known = self._buckets[caller.name, what] = _Bucket(size, size, self._clock.now())
         return known
+
+
+class Bodies:
+    """Bytes of the bodies that are held for the requests under way."""
+
+    def __init__(self, most: int = BODIES) -> None:
+        self._most = most
+        self.held = 0
+
+    async def room(self, size: int | None, largest: int, read: Callable[[], Awaitable[bytes]]) -> int:
+        """Take the bytes of one body, to be given back; RequestError 503 when there is no room for it now.
+
+        One that does not say its size may become the `largest`, until it is read.
+        """
+        if size is None:
+            size = largest
+            self._take(size)
+            try:
+                size = len(await read())
+            finally:
+                self.held -= largest
+        elif size <= SMALL:
+            return 0
+        self._take(size)
+        return size
+
+    def give_back(self, size: int) -> None:
+        """The request is over."""
+        self.held -= size
+
+    def _take(self, size: int) -> None:
+        if self.held and self.held + size > self._most:
+            held, most = format_bytes(Bytes(self.held)), format_bytes(Bytes(self._most))
+            message = f"the bodies of requests under way take {held}, and {most} is the limit"
+            raise RequestError(503, "too_many_bytes", message, retry_after=Seconds(1))
+        self.held += size

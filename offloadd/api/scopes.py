@@ -44,6 +44,12 @@ def check_query(request: web.Request) -> None:
             raise RequestError(400, "invalid_query", message, param=name)
 
 
+def is_passed_on(request: web.Request) -> bool:
+    """Whether the request goes to an engine by its path, and its body as it comes."""
+    resource = request.match_info.route.resource
+    return resource is not None and resource.canonical == UPSTREAM
+
+
 def scope_of(request: web.Request) -> Scope:
     """What this request needs, by the route that it matched: never by its URL's text, which can be written in many ways."""
     operation = operation_of(request)

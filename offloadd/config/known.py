@@ -40,6 +40,8 @@ class Basis:
     """The adapters' fields; the same adapters give the same class."""
     engines: tuple[tuple[str, int], ...] = ()
     """Every engine's name and preference."""
+    pinned: bool = False
+    """Whether hub ids need a commit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from offloadd.config.known import MODELS, Basis, Former, Known
 from offloadd.config.nodes import Node, Path, find
 from offloadd.config.notes import notes
 from offloadd.config.owned import owned_flag, owned_variable
+from offloadd.config.pins import unpinned
 from offloadd.config.schema import (
     BackendSection,
     BudgetSection,
@@ -80,7 +81,7 @@ def resolve(
     if decoded.config is None:
         return Resolved()
     scope = _Scope(decoded.config, decoded, root, backends)
-    basis = Basis(config_model(backends), tuple(scope.preferences.items()))
+    basis = Basis(config_model(backends), tuple(scope.preferences.items()), decoded.config.storage.require_pinned)
     known = {} if same is None or former is None or former.basis != basis else same
     spoken_of: set[str] = set()
     models: dict[ModelName, ModelSpec] = {}
@@ -172,7 +173,7 @@ def _model(scope: _Scope, name: str, section: ModelSection) -> ModelSpec:
     path = ("models", name)
     _check_owned(scope, path, section.args, section.env)
     _check_idle(scope, path, section)
-    return replace(
+    spec = replace(
         _settings(scope, section),
         name=ModelName(name),
         source=section.source,
@@ -180,6 +181,17 @@ def _model(scope: _Scope, name: str, section: ModelSection) -> ModelSpec:
         sources={BackendName(engine): source for engine, source in section.sources.items()},
         aliases=section.aliases,
     )
+    _check_pins(scope, path, spec)
+    return spec
+
+
+def _check_pins(scope: _Scope, path: Path, spec: ModelSpec) -> None:
+    adapters = {BackendName(name): each.adapter.name for name, each in scope.builtin.items()}
+    required = scope.config.storage.require_pinned
+    for found in unpinned(spec, adapters, lambda source: is_hub_id(source, scope.backends), required=required):
+        where = (*path, found.adapter, "revision") if found.written else (*path, "source")
+        message = f"{spec.name} may be another tomorrow, and {found.why}"
+        scope.error(where, message, f"set {found.adapter}.revision to a commit of 40 hex digits, or give a folder on disk")
 
 
 def _discovery(scope: _Scope, section: Discovery) -> DiscoverySpec:

@@ -123,6 +123,9 @@ class Storage(Section):
     warm_next: bool = _STORAGE.warm_next
     """Whether the files of the on-demand model that was used last and is not loaded are read into the page cache, so that it loads
     quicker. This is done while nothing loads or waits and RAM is free."""
+    require_pinned: bool = False
+    """Whether a `source` that is a name on a hub needs the engine's `revision`, a commit of 40 hex digits. Where the model's own
+    code is run (`trust_remote_code`) it always does."""
 
 
 class HostBudget(Section):

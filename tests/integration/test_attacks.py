@@ -9,10 +9,12 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pytest
 
+from offloadd.api.limits import BODIES, STEERING
 from offloadd.api.operations import OPERATIONS, Operation
 from offloadd.state.access import Scope
 from tests.conformance.servers import HOST, free_port, until
@@ -209,3 +211,80 @@ def test_what_an_engine_prints_passes_for_nothing_else(tmp_path: Path) -> None:
         for text in said:
             assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]", text), repr(text)
         assert not [line for line in daemon.log.splitlines() if re.match(r"\W*(May 1|<3>|forged)", line)]
+
+
+SQL = ("' OR '1'='1", "'; DROP TABLE models; --", '" OR 1=1 --', "a' UNION SELECT key FROM keys --", "%27%20OR%201=1")
+
+
+@pytest.mark.parametrize("text", SQL)
+def test_sql_in_names_and_keys_is_a_name_that_is_unknown(daemon: Daemon, text: str) -> None:
+    assert daemon.request("GET", "/models", None, shown(text)).status == 401
+    for path in ("/models/", "/v1/models/", "/explain/", "/backends/"):
+        assert daemon.request("GET", path + quote(text, safe=""), None, shown(OPS)).status == 404
+    assert daemon.request("POST", CHAT, chat(text), shown(USER)).status == 404
+    assert daemon.request("GET", f"/explain?request={quote(text)}", None, shown(OPS)).status in (200, 404)
+    assert daemon.request("POST", CHAT, chat("a", 1), shown(USER)).status == 200
+    assert daemon.request("GET", "/models/a", None, shown(OPS)).json()["history"]["requests"], "all tables are there"
+
+
+JUNK = (b"", b"\xff\xfe", b"[]", b"{", b'{"model": 1}', b'{"model": "a", "messages": 7}', b"[" * 5000, b'{"model": "\\ud800"}')
+TELLING = re.compile(r'Traceback|File "|0x[0-9a-f]{6,}|site-packages|\.py\b|object at')
+
+
+@pytest.mark.parametrize("operation", ROUTES, ids=ids)
+def test_no_refusal_tells_of_the_inside(daemon: Daemon, operation: Operation) -> None:
+    if operation.path in ("/events", "/logs/{instance}"):
+        return  # they have no end
+    for junk in JUNK if operation.method == "POST" else (b"",):
+        headers = {**shown(OPS), "Content-Type": "application/json"}
+        reply = daemon.request(operation.method, path_of(operation), junk, headers)
+        said = reply.body.decode(errors="replace")
+        if reply.status >= 400:
+            assert not TELLING.search(said), said
+            assert str(daemon.folder) not in said, said
+        assert reply.status != 500, said
+
+
+def test_large_bodies_are_not_all_held_at_once(tmp_path: Path) -> None:
+    size, room = 20 << 20, BODIES // (20 << 20)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n{{".encode()
+    with running(tmp_path, {"a": model()}) as daemon, contextlib.ExitStack() as open_ones:
+        daemon.wait_for()
+        held = [open_ones.enter_context(socket.create_connection((HOST, daemon.port))) for _ in range(room)]
+        for one in held:
+            one.sendall(head)
+
+        def one_more() -> bytes:
+            with socket.create_connection((HOST, daemon.port)) as late:
+                late.settimeout(0.5)
+                late.sendall(head)
+                with contextlib.suppress(TimeoutError):
+                    return late.recv(4096)
+                return b""
+
+        answer = until(one_more, "there is no room for one more", 30)
+        assert answer.startswith(b"HTTP/1.1 503"), answer
+        assert b"too_many_bytes" in answer
+        assert b"Retry-After: 1" in answer
+        assert daemon.chat().status == 200, "a small one is served"
+        assert all(_is_silent(one) for one in held)
+        for one in held:
+            one.close()
+        until(lambda: one_more() == b"", "there is room again", 30)
+
+
+def _is_silent(one: socket.socket) -> bool:
+    one.setblocking(False)
+    try:
+        return bool(one.recv(1)) and False
+    except BlockingIOError:
+        return True
+
+
+def test_flapping_comes_to_an_end_and_hurts_nobody(daemon: Daemon) -> None:
+    """Last of all: it uses up what the key may do in a minute."""
+    replies = [daemon.request("POST", "/models/a/load", None, shown(OPS)) for _ in range(STEERING + 5)]
+    assert {reply.status for reply in replies} == {202, 429}
+    assert float(replies[-1].headers["Retry-After"]) > 0
+    assert replies[-1].json()["error"]["code"] == "key_steering_calls_limit"
+    assert daemon.request("POST", CHAT, chat("a", 1), shown(USER)).status == 200

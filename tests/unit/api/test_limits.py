@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from offloadd.api.limits import STEERING, KeyMeter
+from offloadd.api.limits import SMALL, STEERING, Bodies, KeyMeter
 from offloadd.errors import RequestError
 from offloadd.state.access import Caller, KeyLimits
 from offloadd.units import Instant
@@ -113,3 +113,46 @@ def test_changed_limits_count_from_now_on(meter: KeyMeter) -> None:
         pass
     with meter.admitted(limited()):
         pass
+
+
+async def whole(body: bytes = b"x" * 300_000) -> bytes:
+    return body
+
+
+async def test_large_bodies_are_held_up_to_a_limit() -> None:
+    bodies = Bodies(most=1_000_000)
+    assert await bodies.room(SMALL, 500_000, whole) == 0
+    taken = await bodies.room(700_000, 500_000, whole)
+    with pytest.raises(RequestError, match="take 684 KiB, and 977 KiB is the limit") as refusal:
+        await bodies.room(400_000, 500_000, whole)
+    assert (refusal.value.status, refusal.value.code) == (503, "too_many_bytes")
+    assert bodies.held == 700_000
+    bodies.give_back(taken)
+    assert bodies.held == 0
+
+
+async def test_one_that_does_not_say_its_size_counts_as_the_largest_until_it_is_here() -> None:
+    bodies = Bodies(most=1_000_000)
+    seen: list[int] = []
+
+    async def read() -> bytes:
+        seen.append(bodies.held)
+        return await whole()
+
+    assert await bodies.room(None, 500_000, read) == 300_000
+    assert (seen, bodies.held) == ([500_000], 300_000)
+
+
+async def test_one_that_breaks_off_is_not_held() -> None:
+    bodies = Bodies(most=1_000_000)
+
+    async def read() -> bytes:
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        await bodies.room(None, 500_000, read)
+    assert bodies.held == 0
+
+
+async def test_a_body_larger_than_all_room_is_taken_when_it_is_alone() -> None:
+    assert await Bodies(most=1000).room(200_000, 500_000, whole) == 200_000

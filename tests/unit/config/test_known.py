@@ -175,3 +175,10 @@ def test_any_configs_one_after_another_come_out_as_if_each_were_read_alone(confi
         loaded = read(json.dumps(config), former)
         assert alone(loaded) == alone(read(json.dumps(config)))
         former = loaded.former if loaded.ok else former
+
+
+def test_what_was_good_without_a_commit_is_found_when_one_is_asked_for():
+    asked = "storage: {require_pinned: true}\n" + BASE
+    loaded = after(BASE, asked)
+    assert [entry.message for entry in loaded.errors] == ["c may be another tomorrow, and storage.require_pinned is set"] * 2
+    assert after(asked.replace("org/name", "/a/folder"), BASE).errors == ()
