@@ -1,6 +1,7 @@
 # Two commands are all that a fresh clone needs: make demo, make test.
 PYTHON ?= python3
 VENV   ?= .venv
+JOBS   ?= 2
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 
@@ -11,8 +12,8 @@ ENGINES_DIR ?= $(or $(OFFLOADD_ENGINES),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/o
 demo: $(READY)  ## a real model on a real llama-server answers a question through the port
 	$(BIN)/offloadd demo --once
 
-test: $(READY)  ## every test; the real server and the real model included
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## every test; the real server and the real model included; JOBS files at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 clients: $(VENV)/.clients  ## other people's SDKs, for the tests that use them; without it these are skipped
 

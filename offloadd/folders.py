@@ -36,23 +36,21 @@ class FolderWatch:
         self._stopped.set()
 
     def _follow(self) -> None:
-        events = watchfiles.watch(
-            *sorted(self.folders),
-            watch_filter=None,
-            recursive=False,
-            step=STEP_MS,
-            debounce=GATHERED_MS,
-            rust_timeout=_ROUND_MS,
-            stop_event=self._stopped,
-            raise_interrupt=False,
-        )
         try:
+            events = watchfiles.watch(
+                *sorted(self.folders),
+                watch_filter=None,
+                recursive=False,
+                step=STEP_MS,
+                debounce=GATHERED_MS,
+                rust_timeout=_ROUND_MS,
+                stop_event=self._stopped,
+                raise_interrupt=False,
+            )
             for _ in events:  # what happened is of no interest: somebody looks at everything
                 self._loop.call_soon_threadsafe(self._tell)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # that the loop is closed is one, which nobody sees any more
             self.problem = str(error)
-        except RuntimeError:
-            pass  # the loop is closed: nobody wants to know any more
 
     def _tell(self) -> None:
         if not self._stopped.is_set():

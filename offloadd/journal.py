@@ -143,7 +143,8 @@ def set_up(level: int = logging.INFO, form: LogFormat = LogFormat.TEXT) -> None:
     handler.addFilter(RateLimit())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("aiohttp.server").addFilter(WithoutTraceback())
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    for noisy in ("watchfiles", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def journal_in_use() -> Journald | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -32,12 +33,17 @@ SPEC_OF_NONE = ModelSpec(name=ModelName("none"), source="none", backends=(LLAMAC
 """For servers that no adapter started."""
 
 
+_PORTS = itertools.count(10_000 + os.getpid() * 97 % 15_000)
+"""Below those that the kernel gives to whoever asks for any: what a test is to listen on is not taken by a neighbour meanwhile."""
+
+
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that was free a moment ago, and that nobody is given who does not ask for it by number."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise AssertionError("there is no free port")
 
 
 def until(condition: Callable[[], Any], what: str, within_s: float = 30.0) -> Any:

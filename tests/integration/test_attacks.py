@@ -224,7 +224,7 @@ def test_sql_in_names_and_keys_is_a_name_that_is_unknown(daemon: Daemon, text: s
     assert daemon.request("POST", CHAT, chat(text), shown(USER)).status == 404
     assert daemon.request("GET", f"/explain?request={quote(text)}", None, shown(OPS)).status in (200, 404)
     assert daemon.request("POST", CHAT, chat("a", 1), shown(USER)).status == 200
-    assert daemon.request("GET", "/models/a", None, shown(OPS)).json()["history"]["requests"], "all tables are there"
+    assert daemon.request("GET", "/models/a", None, shown(OPS)).json()["offloadd"]["history"]["days"], "all tables are there"
 
 
 JUNK = (b"", b"\xff\xfe", b"[]", b"{", b'{"model": 1}', b'{"model": "a", "messages": 7}', b"[" * 5000, b'{"model": "\\ud800"}')
@@ -283,8 +283,11 @@ def _is_silent(one: socket.socket) -> bool:
 
 def test_flapping_comes_to_an_end_and_hurts_nobody(daemon: Daemon) -> None:
     """Last of all: it uses up what the key may do in a minute."""
-    replies = [daemon.request("POST", "/models/a/load", None, shown(OPS)) for _ in range(STEERING + 5)]
-    assert {reply.status for reply in replies} == {202, 429}
-    assert float(replies[-1].headers["Retry-After"]) > 0
-    assert replies[-1].json()["error"]["code"] == "key_steering_calls_limit"
+    replies = []
+    while len(replies) < 3 * STEERING and (not replies or replies[-1].status == 202):  # what is taken comes back bit by bit
+        replies.append(daemon.request("POST", "/models/a/load", None, shown(OPS)))
+    assert len(replies) >= STEERING - 50
+    reply = replies[-1]
+    assert (reply.status, reply.json()["error"]["code"]) == (429, "key_steering_calls_limit")
+    assert float(reply.headers["Retry-After"]) > 0
     assert daemon.request("POST", CHAT, chat("a", 1), shown(USER)).status == 200

@@ -68,7 +68,8 @@ def loans(daemon: Daemon) -> Any:
 
 
 def test_models_leave_for_a_command_and_its_exit_code_is_passed_on(nvml: FakeNvml, tmp_path: Path) -> None:
-    models = {"a": gpu_model(12), "b": gpu_model(14), "pinned": gpu_model(4, pinned=True, devices=[1])}
+    # By rank, since which of two alike is the cheaper one to load again is a matter of milliseconds.
+    models = {"a": gpu_model(12), "b": gpu_model(14, priority=90), "pinned": gpu_model(4, pinned=True, devices=[1])}
     with running_on(nvml, tmp_path, models) as daemon, Watch(daemon, nvml) as watch:
         assert [daemon.chat(name).status for name in models] == [200, 200, 200]
         done = borrow(daemon, "18GiB", "--", "sh", "-c", 'echo "$CUDA_VISIBLE_DEVICES/$ROCR_VISIBLE_DEVICES"; exit 7')

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import watchfiles
 
-from offloadd import folders, redaction
+from offloadd import redaction
 from offloadd.backends import discover
 from offloadd.clock import SystemClock
 from offloadd.errors import PermanentError
@@ -54,8 +55,8 @@ async def test_without_a_watch_left_the_file_is_looked_at_now_and_then_and_that_
     store = ConfigStore(path, backends=discover(), clock=SystemClock())
     await store.start()
     monkeypatch.setattr(reload, "POLL", 0.01)
-    real = folders.open_watches
-    monkeypatch.setattr(folders, "open_watches", none_left)
+    real = watchfiles.watch
+    monkeypatch.setattr(watchfiles, "watch", none_left)
     watching = asyncio.create_task(store.watch())
     try:
         async with asyncio.timeout(20):
@@ -65,7 +66,7 @@ async def test_without_a_watch_left_the_file_is_looked_at_now_and_then_and_that_
             while store.applied.desired.generation < 2:
                 await asyncio.sleep(0.01)
             assert "inotify limit reached" in store.blind
-            monkeypatch.setattr(folders, "open_watches", real)
+            monkeypatch.setattr(watchfiles, "watch", real)
             while store.blind:
                 await asyncio.sleep(0.01)
     finally:

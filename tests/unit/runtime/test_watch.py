@@ -6,8 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import watchfiles
 
-from offloadd import folders
 from offloadd.backends import discover
 from offloadd.clock import SystemClock
 from offloadd.runtime import reload
@@ -45,12 +45,12 @@ def test_links_that_lead_nowhere_or_round(tmp_path: Path) -> None:
     assert watched_folders(tmp_path / "round") == {tmp_path}
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("gone"), OSError("no watch left")])
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), OSError("no watch left"), RuntimeError("in the watcher")])
 async def test_without_a_watch_it_looks_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def broken(_: object) -> int:
+    def broken(*_: object, **__: object) -> object:
         raise error
 
-    monkeypatch.setattr(folders, "open_watches", broken)
+    monkeypatch.setattr(watchfiles, "watch", broken)
     monkeypatch.setattr(reload, "POLL", 0.01)
     monkeypatch.setattr(reload, "SETTLE", 0.001)
     path = tmp_path / "offloadd.yaml"
