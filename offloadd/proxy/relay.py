@@ -196,6 +196,7 @@ class Exchange:
                     raise
                 self._end_hedge()
                 self._done = asyncio.get_running_loop().create_future()
+                self._sent = False  # nobody had it: whoever is gone by now did not die of it
             else:
                 return
         await self._send(await self._pool.connect(endpoint))
