@@ -43,7 +43,7 @@ class Catalog:
         """What was worked out, what was asked for last first: for what is served, and for what is about to be."""
         self._searched: tuple[object, Sequence[Store]] = (None, ())
         self._published: Mapping[ModelName, Found] = {}
-        self.discovery = Discovery(stores=self._stores, read_shape=read_model, aside=aside, changed=self._other_files)
+        self.discovery = Discovery(stores=self._stores, read_shape=read_model, changed=self._other_files)
 
     @property
     def desired(self) -> DesiredState:
@@ -83,7 +83,7 @@ class Catalog:
 
     def facts(self) -> Mapping[str, ModelFacts]:
         """What is known of the files of found models, by path."""
-        return self.discovery.facts if self._config().discovery.enabled else {}
+        return self.discovery.facts if self._config().discovery.enabled else _NO_FACTS
 
     def begin(self, shelf: Shelf) -> None:
         """Start from what an earlier daemon saw."""
@@ -150,3 +150,4 @@ class Catalog:
 
 
 _NOTHING: Mapping[ModelName, Found] = {}
+_NO_FACTS: Mapping[str, ModelFacts] = {}

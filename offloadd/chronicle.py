@@ -20,7 +20,7 @@ from offloadd.state.observed import ExitRecord, InstanceView
 from offloadd.units import Bytes, Instant, Seconds
 
 FLUSH = Seconds(2)
-"""How often what waits is written."""
+"""So long what was told waits for more, to be written in one go."""
 _HINT = "see that the disk has room and that the data folder is writable, or that the database server is up"
 
 
@@ -51,7 +51,9 @@ class Chronicle:
         return await asyncio.to_thread(self._registry.found)
 
     async def attend(self) -> None:
-        """Write what has come, after a while."""
+        """Write what comes, a while after it came; where the registry has a problem, try whether it has passed."""
+        if not self._registry.problem:
+            await self.recorder.told.wait()
         await asyncio.sleep(FLUSH)
         await self.recorder.flush()
 
@@ -63,7 +65,10 @@ class Chronicle:
     async def history(self, model: ModelName) -> History:
         """What the model did, up to this moment."""
         await self.recorder.flush()
-        return await asyncio.to_thread(self._registry.history, model)
+        history = await asyncio.to_thread(self._registry.history, model)
+        if self._registry.problem:
+            self.recorder.told.set()  # so that it is tried again
+        return history
 
     def learn(self, views: Iterable[InstanceView]) -> bool:
         """Keep what instances were seen to take, for the next launch of the same kind. Whether that was news."""

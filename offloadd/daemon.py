@@ -96,12 +96,13 @@ RELEASE_POLL = Seconds(0.1)
 """How often devices are read while memory of an ended instance is on its way back."""
 REFRESH = Seconds(2)
 """How often devices, engines and model files are looked at again."""
-QUIET_REFRESH = Seconds(10)
-"""The same while nothing runs and nobody waits; what is to be given is read again before it is given."""
+QUIET_REFRESH = Seconds(9.5)
+"""The same while nothing runs and nobody waits; what is to be given is read again before it is given.
+
+A little more often than the reconcile loop cycles by itself, which then has no need to.
+"""
 TRIM = Seconds(1)
 """How often instances' logs are checked against their bound."""
-QUIET_TRIM = Seconds(3)
-"""The same while there are no instances."""
 STALLED = Seconds(30)
 """A reconcile loop that completed no cycle for so long makes no progress: /health answers 503."""
 
@@ -172,6 +173,8 @@ class Daemon:
         )
         self._tended = True
         """Whether logs of instances may have to be seen to once more."""
+        self._stirred = asyncio.Event()
+        """Set when an instance begins or changes: who looks after instances sleeps while there are none."""
         self._look_soon = asyncio.Event()
         self._read_now = asyncio.Event()
         self._begun = store.applied.desired
@@ -246,7 +249,7 @@ class Daemon:
                 self._keep("the trimming of logs", self._trim_logs),
                 self._keep("the watch of the config", self._store.watch),
                 self._keep("the word to the service manager", self._service.attend),
-                self._keep("the asking of engines for their load", self._signals.attend),
+                self._keep("the asking of engines for their load", self._ask_engines),
                 self._keep("the writing of the registry", self._chronicle.attend),
                 self._keep("the search for models", self._catalog.discovery.attend),
                 self._keep("the watch of models' folders", self._catalog.discovery.watch),
@@ -511,8 +514,22 @@ class Daemon:
         if news or moved:
             self._observer.know(self._chronicle.recorder.footprints)
 
+    async def _stir(self) -> None:
+        """Wait until there may be instances, where there are none; not for ever, since other things may need an eye too."""
+        self._stirred.clear()
+        if not self._executor.views():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(QUIET_REFRESH):
+                    await self._stirred.wait()
+
+    async def _ask_engines(self) -> None:
+        await self._stir()
+        await self._signals.attend()
+
     async def _trim_logs(self) -> None:
-        await asyncio.sleep(TRIM if self._executor.views() else QUIET_TRIM)
+        if not self._tended and not self._lives.problem:
+            await self._stir()
+        await asyncio.sleep(TRIM)
         views = dict(self._executor.views())
         if not views and not self._tended and not self._lives.problem:
             return  # nobody writes, and a change of threads for nothing is a good part of what an idle daemon costs
@@ -579,6 +596,7 @@ class Daemon:
         self._executor.apply(plan)
         if plan.actions:
             self._ready_hosts.changed()
+            self._stirred.set()
         self._loans.refuse(plan)
         self._warmer.follow(plan.warm)
         self._service.changed()
@@ -591,6 +609,7 @@ class Daemon:
 
     def _changed(self, instance: InstanceId) -> None:
         self._ready_hosts.changed()
+        self._stirred.set()
         self._book.serve_all()
         self._note(instance)
         ended = self._executor.get(instance)

@@ -47,9 +47,7 @@ class EngineFinder:
             return EngineView(name=engine.name, problem=problem, hint="name an engine that it can run in backends")
         try:
             async with asyncio.timeout(_TIMEOUT):
-                found = await aside(lambda: _find(engine.command[0]), name=f"look for {engine.name}")
-                account = await aside(lambda: find_account(engine.user, engine.group), name=f"look for the user of {engine.name}")
-                step = step_to(account)
+                found, account, step = await aside(lambda: _look_for(engine), name=f"look for {engine.name}")
         except AccountError as error:
             hint = f"{error.hint} (backends.{engine.name})"
             return EngineView(name=engine.name, problem=error.message, hint=hint)
@@ -77,6 +75,12 @@ class EngineFinder:
             self._said = {old: known for old, known in self._said.items() if old[0] != engine.name}
             self._said[key] = said
         return said
+
+
+def _look_for(engine: Engine) -> tuple[tuple[str, str] | None, Account | None, tuple[str, ...]]:
+    """Its program as `_find` tells it, whom it runs as, and what stands before its command line for that. Blocks; AccountError."""
+    account = find_account(engine.user, engine.group)
+    return _find(engine.command[0]), account, step_to(account)
 
 
 def _find(program: str) -> tuple[str, str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ T = TypeVar("T")
 READ_TIMEOUT = Seconds(5)
 HOST = "host"
 _UNKNOWN = ModelFacts()
+_NONE_KNOWN: Mapping[str, ModelFacts] = {}
 AT_ONCE_S = 0.004
 """So long one model after another is looked at in one go, before the loop has its turn; there may be very many."""
 
@@ -44,7 +46,7 @@ class Observer:
         read_shape: Callable[[Path], ModelShape],
         read_content: Callable[[Path], str],
         clock: Clock | None = None,
-        known: Callable[[], Mapping[str, ModelFacts]] = dict,
+        known: Callable[[], Mapping[str, ModelFacts]] = lambda: _NONE_KNOWN,
     ) -> None:
         self._clock = clock or SystemClock()
         self._readers = readers
@@ -55,11 +57,15 @@ class Observer:
         self._late: dict[str, str] = {}
         self._facts: dict[str, ModelFacts] = {}
         self._known = known
-        """Facts by path of files that somebody else keeps an eye on."""
+        """Facts by path of files that somebody else keeps an eye on: the same object until one of them is another."""
         self._folders: tuple[str, ...] = ()
         """Where the files were looked for."""
         self._footprints: Mapping[str, Footprint] = {}
         self._offers: dict[tuple[ModelName, BackendName], tuple[object, Candidate]] = {}
+        self._considered: tuple[tuple[object, ...], tuple[object, ...]] | None = None
+        """What the candidates were worked out from: it is the same while the first are the same objects, and the second equal."""
+        self._sources_of: tuple[DesiredState, frozenset[str]] = (DesiredState(), frozenset())
+        """The files that a config names: the last one that was asked about."""
         self._turn = asyncio.Lock()
         self._seen_by: dict[str, int] = {}
         self._troubles: dict[str, Mapping[str, str]] = {}
@@ -119,12 +125,14 @@ class Observer:
         self, desired: DesiredState, pids: Mapping[Hashable, int], held: Mapping[str, ModelFacts] | None = None
     ) -> None:
         known = self._known()
-        sources = sorted({source async for source in self._named(desired) if source not in known})
+        sources = sorted(await self._named(desired) - known.keys())
         views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
         self.engines = {view.name: view for view in views}
         folders = desired.storage.models_path
         hubs = hub_folders(engine.env for engine in desired.engines.values())
-        facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders, hubs, held))
+        facts: dict[str, ModelFacts] | None = {}
+        if sources or self._facts:  # a thread that is asked for nothing is a good part of what an idle daemon costs
+            facts = await self._in_time("reading of model files", lambda: self._sources.read(sources, folders, hubs, held))
         if facts is not None:
             self._facts, self._folders = facts, folders
         await self._read_memory(pids)
@@ -137,7 +145,10 @@ class Observer:
             fresh.update({view.id: view for view in views or ()})
             # A processor's own graphics is no card: seeing it does not make up for one that cannot be seen.
             self._seen_by[reader.name] = sum(view.kind is not DeviceKind.HOST and not view.unified for view in views or ())
-        seen = await self._in_time("reading of processes' memory", lambda: measure(pids, fresh))
+        if pids or any(view.processes for view in fresh.values()):
+            seen = await self._in_time("reading of processes' memory", lambda: measure(pids, fresh))
+        else:
+            seen = measure({}, fresh)  # no process is looked at
         # In one step: what is free and what of it our own have taken must be of one moment.
         # With the devices, so that nobody sees the one without the other.
         now = self._clock.now()
@@ -155,7 +166,7 @@ class Observer:
         """The candidates that another config would have. What is known of the present one stays as it is."""
         async with self._turn:
             known = self._known()
-            sources = sorted({*self._facts, *[source async for source in self._named(desired) if source not in known]})
+            sources = sorted(self._facts.keys() | (await self._named(desired) - known.keys()))
             views = await asyncio.gather(*(self._finder.look(engine) for engine in desired.engines.values()))
             folders = desired.storage.models_path
             hubs = hub_folders(engine.env for engine in desired.engines.values())
@@ -175,12 +186,16 @@ class Observer:
 
     async def _consider(self, desired: DesiredState) -> None:
         """Work out the candidates of this config, those anew whose basis has changed; the loop goes on meanwhile."""
+        considered = (desired, self._known(), self._footprints), (self.engines, self._facts)
+        before = self._considered
+        if before is not None and all(map(operator.is_, considered[0], before[0])) and considered[1] == before[1]:
+            return
         self._offers = {key: offer for key, offer in self._offers.items() if key[0] in desired.models}
         candidates: dict[ModelName, tuple[Candidate, ...]] = {}
         bound = self._bound(desired)
         async for spec in _by_and_by(desired.models.values()):
             candidates[spec.name] = tuple(self._candidate(desired, spec, backend, bound[backend]) for backend in spec.backends)
-        self.candidates = candidates
+        self.candidates, self._considered = candidates, considered
 
     def snapshot(self, observed: ObservedState) -> ObservedState:
         """Add the readings to what the executor knows of its instances."""
@@ -223,8 +238,13 @@ class Observer:
             self._offers[spec.name, name] = known
         return known[1]
 
-    async def _named(self, desired: DesiredState) -> AsyncIterator[str]:
+    async def _named(self, desired: DesiredState) -> frozenset[str]:
         """Every file that the config names."""
+        if self._sources_of[0] is not desired:
+            self._sources_of = desired, frozenset([source async for source in self._names(desired)])
+        return self._sources_of[1]
+
+    async def _names(self, desired: DesiredState) -> AsyncIterator[str]:
         bound = self._bound(desired)
         async for spec in _by_and_by(desired.models.values()):
             for name in spec.backends:

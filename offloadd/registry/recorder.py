@@ -30,6 +30,8 @@ class Recorder:
         self._waiting = Batch()
         self._turn = asyncio.Lock()
         self._read_at = 0
+        self.told = asyncio.Event()
+        """Set while something waits to be written."""
         self.footprints: dict[str, Footprint] = {}
         """Everything learned, by key: what is on disk and what is on its way there."""
         self._totals: dict[ModelName, Usage] = {}
@@ -43,25 +45,30 @@ class Recorder:
     def learn(self, found: Mapping[str, Footprint]) -> None:
         """Remember peaks."""
         self._waiting.footprints.update(found)
+        self.told.set()
         self.footprints = {**self.footprints, **found}
 
     def move(self, keys: Mapping[str, str]) -> None:
         """Footprints that an older offloadd kept under other keys."""
         self._waiting.moved.update(keys)
+        self.told.set()
         moved = {new: self.footprints[old] for old, new in keys.items() if old in self.footprints}
         self.footprints = {**{key: footprint for key, footprint in self.footprints.items() if key not in keys}, **moved}
 
     def loaded(self, load: Load) -> None:
         """A launch became ready."""
         self._waiting.loads.append(load)
+        self.told.set()
 
     def ended(self, end: End) -> None:
         """An instance ended."""
         self._waiting.ends.append(end)
+        self.told.set()
 
     def found(self, changed: Mapping[str, Found | None]) -> None:
         """Models on disk that are new, have changed or are gone."""
         self._waiting.found.update(changed)
+        self.told.set()
 
     def served(self, served: Served) -> None:
         """A request is over. Those that named no model that there is belong to nobody's history."""
@@ -74,6 +81,7 @@ class Recorder:
             if model not in self._totals and len(self._totals) + len(self._fresh) >= MAX_MODELS:
                 return
             sums = self._fresh[key] = [0] * len(Usage.__slots__)
+            self.told.set()
         sums[_PLACES[served.fate]] += 1
         sums[_PROMPT] += served.prompt_tokens or 0
         sums[_PROMPT + 1] += served.cached_tokens or 0
@@ -98,11 +106,13 @@ class Recorder:
         async with self._turn:
             self._sum_up()
             batch, self._waiting = self._waiting, Batch()
+            self.told.clear()
             if not batch and not self._registry.problem:
                 return True
             written = await asyncio.to_thread(self._registry.write, batch, self._wall())
             if not written:
                 self._waiting = batch.before(self._waiting)
+                self.told.set()
             elif self._registry.opened != self._read_at:
                 await asyncio.to_thread(self._read)  # it could not be read before
             return written

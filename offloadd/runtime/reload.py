@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from offloadd import redaction
 from offloadd.backends.base import Backend
 from offloadd.clock import Clock
-from offloadd.config import ConfigUnreadableError, Loaded, SourceText, SystemSecrets, load, read_sources
+from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, load, read_sources
 from offloadd.config.diagnostics import Diagnostic, render_text
 from offloadd.config.known import Former
 from offloadd.errors import PermanentError
 from offloadd.events import EventKind, about
 from offloadd.folders import FolderWatch
+from offloadd.lookout import Lookout, Pause
+from offloadd.runtime.eye import Eye, Sight, digest_of
 from offloadd.state.desired import DesiredState
 from offloadd.units import Seconds
 
@@ -112,22 +114,29 @@ class ConfigStore:
 
     async def watch(self) -> None:
         """Reload whenever the content changes, by event or by poll."""
-        stirred = asyncio.Event()
-        watch = FolderWatch((), stirred.set)
-        failures = 0
+        stirred, eye, failures = threading.Event(), Eye(self.path), 0
+
+        def happened() -> None:
+            stirred.set()
+            lookout.soon()
+
+        def look() -> Sight | None:
+            known = self._digest
+            if stirred.is_set() or watch.problem or failures or not watch.folders:
+                stirred.clear()
+                known = b""  # the folders to watch may be others
+            return eye.look(known)
+
+        watch = FolderWatch((), happened)
+        lookout = Lookout(look, lambda: Pause(most=POLL), name="watch of the config")
         try:
             while True:
-                watched = None if watch.problem or stirred.is_set() else watch.folders
-                stirred.clear()
-                folders = await self._look(watched)
+                folders = await self._settled(eye, await lookout.news())
                 failures = failures + 1 if watch.problem else 0
                 self.blind = watch.problem if failures >= BLIND_AFTER else ""
                 if watch.problem or folders != watch.folders:
                     watch.stop()
-                    watch = FolderWatch(folders, stirred.set)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL):
-                        await stirred.wait()
+                    watch = FolderWatch(folders, happened)
         finally:
             watch.stop()
 
@@ -154,7 +163,7 @@ class ConfigStore:
             sources = await asyncio.to_thread(read_sources, self.path)
         except ConfigUnreadableError as error:
             return self._refused(Attempt(wall=self._clock.wall(), message=str(error)), why)
-        self._digest = _digest(sources)
+        self._digest = digest_of(sources)
         secrets = SystemSecrets()
         loaded = await asyncio.to_thread(load, sources, backends=self._backends, secrets=secrets, former=self._former)
         redaction.hide(secrets.known | loaded.secrets)
@@ -180,20 +189,17 @@ class ConfigStore:
         log.error("config refused (%s); generation %d stays:\n%s", why, generation, explain(attempt), extra=said)
         return attempt
 
-    async def _look(self, watched: frozenset[Path] | None) -> frozenset[Path]:
-        """Reload when the content is not what was last tried, and has settled.
-
-        Gives the folders to watch: those that are `watched`, where neither an event nor the content says that they may be others.
-        """
-        first, folders = await asyncio.to_thread(_look_at, self.path, self._digest if watched else b"")
-        if first == self._digest:
-            return watched or folders
+    async def _settled(self, eye: Eye, first: Sight) -> frozenset[Path]:
+        """Reload when the content is not what was last tried, and has settled; the folders to watch from now on."""
+        if first.digest == self._digest:
+            return first.folders
         await asyncio.sleep(SETTLE)
-        again, folders = await asyncio.to_thread(_look_at, self.path)
-        if first == again:
-            self._digest = first
-            await self.reload("its file changed")
-        return folders
+        again = await asyncio.to_thread(eye.look)
+        if again is None or first.digest != again.digest:
+            return first.folders  # it is looked at again soon
+        self._digest = first.digest
+        await self.reload("its file changed")
+        return again.folders
 
 
 def explain(attempt: Attempt) -> str:
@@ -201,41 +207,3 @@ def explain(attempt: Attempt) -> str:
     if attempt.loaded is None:
         return attempt.message
     return render_text(attempt.loaded.errors, attempt.loaded.sources, attempt.loaded.hidden)
-
-
-def watched_folders(path: Path) -> frozenset[Path]:
-    """The folder of every step on the way to the file through symbolic links: a swap of any of them is then an event.
-
-    Watching the file itself would go deaf at the first editor that renames a new file over it.
-    """
-    folders: set[Path] = set()
-    step = path.absolute()
-    for _ in range(40):
-        folders.add(step if step.is_dir() else step.parent)
-        link = next((part for part in (step, *step.parents) if part.is_symlink()), None)
-        if link is None:
-            break
-        folders.add(link.parent)
-        step = (link.parent / link.readlink() / step.relative_to(link)).absolute()
-    return frozenset(folder for folder in folders if folder.is_dir())
-
-
-def _look_at(path: Path, known: bytes = b"") -> tuple[bytes, frozenset[Path]]:
-    """What tells its content from any other, and the folders to watch; none where the content is what is `known`.
-
-    In one step: a change of threads costs as much as the look.
-    """
-    try:
-        digest = _digest(read_sources(path))
-    except ConfigUnreadableError as error:
-        digest = str(error).encode()
-    return digest, frozenset() if digest == known else watched_folders(path)
-
-
-def _digest(sources: Iterable[SourceText]) -> bytes:
-    whole = hashlib.sha256()
-    for source in sources:
-        for text in (source.name, source.text):
-            raw = text.encode()
-            whole.update(len(raw).to_bytes(8, "big") + raw)
-    return whole.digest()

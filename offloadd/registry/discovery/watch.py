@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from offloadd.events import EventKind, about
 from offloadd.folders import FolderWatch
+from offloadd.lookout import Lookout, Pause
 from offloadd.registry.discovery.scan import Scan, Scanner
 from offloadd.registry.discovery.stores import Store
 from offloadd.state.found import Found, Shelf
 from offloadd.state.ids import ModelName
 from offloadd.state.launch import ModelFacts
 from offloadd.state.shape import ModelShape
-from offloadd.units import counted
+from offloadd.units import Seconds, counted
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ LATE_S = 60.0
 LEAST_S = 0.1
 LEAST_SHARE = 10
 """Between two looks lies at least this time, and this multiple of what the last one took, however many events come."""
+_LATE = "takes very long: is a disk not answering?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,20 +44,10 @@ class News:
     """One look, and what it brought: all that takes long with very many models is done before the loop sees it."""
 
     scan: Scan
-    took: float
-    """Seconds."""
     changed: Mapping[str, Found | None]
     """By path; None of what is gone."""
     found: Mapping[ModelName, Found]
     facts: Mapping[str, ModelFacts]
-
-
-class Aside(Protocol):
-    """Runs something that blocks in a thread that nobody has to wait for."""
-
-    def __call__(self, read: Callable[[], News], *, name: str) -> Awaitable[News]:
-        """What it returns or raises."""
-        ...
 
 
 class Discovery:
@@ -68,20 +58,19 @@ class Discovery:
         *,
         stores: Callable[[], Sequence[Store]],
         read_shape: Callable[[Path], ModelShape],
-        aside: Aside,
         changed: Callable[[Mapping[str, Found | None]], None],
     ) -> None:
         self._stores = stores
         self._read_shape = read_shape
-        self._aside = aside
         self._changed = changed
         self._scanner = Scanner(read_shape)
         self._scan = Scan()
+        self._seen = Scan()
+        """What the thread that looks saw last; what the loop knows of it is `_scan`."""
         self._took = 0.0
+        self._lookout = Lookout(self._look, self._pause, name="search for models")
         self._first = asyncio.Event()
-        self._soon = asyncio.Event()
         self._moved = asyncio.Event()
-        self._late = ""
         self._looking: asyncio.Task[None] | None = None
         self.found: Mapping[ModelName, Found] = {}
         self.facts: Mapping[str, ModelFacts] = {}
@@ -90,7 +79,8 @@ class Discovery:
     @property
     def problems(self) -> Mapping[str, str]:
         """What could not be looked at, and why."""
-        return {**self._scan.problems, **({"the search for models": self._late} if self._late else {})}
+        late = {"the search for models": _LATE} if self._lookout.lasts > LATE_S else {}
+        return {**self._scan.problems, **late}
 
     def begin(self, shelf: Shelf) -> None:
         """Take what an earlier daemon saw for true until the first look says otherwise."""
@@ -99,34 +89,36 @@ class Discovery:
 
     async def first(self) -> None:
         """Take the first look; one that takes long goes on while others go on too."""
-        self._looking = asyncio.create_task(self._look(), name="first look for models")
+        self._looking = asyncio.create_task(self._next(), name="first look for models")
         await asyncio.wait({self._looking}, timeout=FIRST_S)
 
     def look_soon(self) -> None:
         """Look again now: the stores are others, or something was put there."""
-        self._soon.set()
+        self._lookout.soon()
 
     async def attend(self) -> None:
-        """One look, and the wait for a reason to look again."""
+        """Wait until a look finds anything new, and take it."""
         looking, self._looking = self._looking, None
-        await (looking or self._look())
+        await (looking or self._next())
         self._first.set()
-        await self._wait()
 
-    async def _look(self) -> None:
-        before = self._scan.found
-        looking = asyncio.ensure_future(
-            self._aside(lambda: _looked(self._scanner, self._stores(), before), name="search for models")
+    async def _next(self) -> None:
+        self._take(await self._lookout.news())
+
+    def _look(self) -> News | None:
+        """One look at all stores; None when nothing is new. Blocks."""
+        begun = time.monotonic()
+        scan, seen = self._scanner.scan(self._stores()), self._seen
+        self._seen, self._took = scan, time.monotonic() - begun
+        return None if scan is seen else _news(scan, self._scan.found)
+
+    def _pause(self) -> Pause:
+        """Until an event, the poll, or the moment in which something is due; and a while, however many events there are."""
+        poll = min(LONGEST_POLL_S, max(POLL_S, self._took / SHARE))
+        due = self._seen.due
+        return Pause(
+            least=Seconds(max(LEAST_S, self._took * LEAST_SHARE)), most=Seconds(poll if due is None else min(poll, max(0.0, due)))
         )
-        try:
-            while not looking.done():
-                done, _ = await asyncio.wait({looking}, timeout=LATE_S)
-                self._late = "" if done else "takes very long: is a disk not answering?"
-        finally:
-            looking.cancel()
-        news = looking.result()
-        self._took = news.took
-        self._take(news)
 
     def _take(self, news: News) -> None:
         """What was found, if it is other than before."""
@@ -152,25 +144,13 @@ class Discovery:
                 state = found.facts.problem or "is here"
                 log.info("%s: %s %s", found.name, path, state, extra=about(EventKind.MODELS_FOUND, model=found.name))
 
-    async def _wait(self) -> None:
-        """Until an event, the poll, or the moment in which something is due; and a while, however many events there are."""
-        poll = min(LONGEST_POLL_S, max(POLL_S, self._took / SHARE))
-        wait = poll if self._scan.due is None else min(poll, max(0.0, self._scan.due))
-        least = max(LEAST_S, self._took * LEAST_SHARE)
-        ended = time.monotonic()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(least + wait):
-                await self._soon.wait()
-        await asyncio.sleep(max(0.0, ended + least - time.monotonic()))
-        self._soon.clear()
-
     async def watch(self) -> None:
         """Look soon after each event in the folders, until other folders are the ones to watch."""
         await self._first.wait()
         folders = self._scan.folders
-        watcher = FolderWatch(map(Path, sorted(folders)[:MAX_WATCHED]), self._soon.set)
+        watcher = FolderWatch(map(Path, sorted(folders)[:MAX_WATCHED]), self.look_soon)
         try:
-            self._soon.set()  # for what happened before it was watched
+            self.look_soon()  # for what happened before it was watched
             while self._scan.folders == folders:
                 self._moved.clear()
                 await self._moved.wait()
@@ -178,22 +158,15 @@ class Discovery:
             watcher.stop()
 
 
-def _looked(scanner: Scanner, stores: Sequence[Store], before: Mapping[str, Found]) -> News:
-    """One look at all stores. Blocks."""
-    begun = time.monotonic()
-    scan = scanner.scan(stores)
-    return _news(scan, before, time.monotonic() - begun)
-
-
-def _news(scan: Scan, before: Mapping[str, Found], took: float = 0.0) -> News:
+def _news(scan: Scan, before: Mapping[str, Found]) -> News:
     changed: dict[str, Found | None] = {}
     if scan.found is not before:
         changed.update((path, found) for path, found in scan.found.items() if _is_other(before.get(path), found))
         changed.update(dict.fromkeys(before.keys() - scan.found.keys()))
     if not changed:
-        return News(scan=scan, took=took, changed={}, found={}, facts={})
+        return News(scan=scan, changed={}, found={}, facts={})
     found = {each.name: each for each in scan.found.values()}
-    return News(scan=scan, took=took, changed=changed, found=found, facts=dict(_facts(scan.found.values())))
+    return News(scan=scan, changed=changed, found=found, facts=dict(_facts(scan.found.values())))
 
 
 def _is_other(before: Found | None, found: Found) -> bool:

@@ -150,6 +150,27 @@ async def test_candidates_are_made_from_files_engines_and_what_was_learned(obser
     assert (again.estimate.total, again.fingerprint) == (12345, found.fingerprint)
 
 
+async def test_where_nothing_has_changed_candidates_are_as_they_were(observer: Observer, tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"12345")
+    one = desired(tmp_path, a={})
+
+    async def again(config: DesiredState = one) -> bool:
+        """Whether a look works the candidates out anew."""
+        before = observer.candidates
+        await observer.refresh(lambda: config, dict)
+        return observer.candidates is not before
+
+    assert await again()
+    assert not await again()
+    (tmp_path / "a.gguf").write_bytes(b"123456")
+    assert await again()
+    observer.know({})
+    assert await again()
+    assert await again(replace(one, engines={ENGINE.name: replace(ENGINE, command=("/bin/false",))}))
+    assert await again()
+    assert not await again()
+
+
 async def test_an_engine_that_is_not_there_is_a_problem_of_its_models(observer: Observer, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     config = desired(tmp_path, a={})

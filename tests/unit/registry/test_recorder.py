@@ -82,3 +82,34 @@ async def test_footprints_of_an_older_offloadd_move(tmp_path: Path) -> None:
         assert recorder.footprints == {"new": footprint(5)}
         assert await recorder.flush()
         assert registry.footprints() == {"new": footprint(5)}
+
+
+async def test_it_says_when_something_waits_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "REOPEN_S", 0.0)
+    folder = tmp_path / "data"
+    folder.write_text("in the way")
+    with closing(Registry(folder / "registry.db")) as registry:
+        recorder = Recorder(registry, lambda: WALL)
+        await recorder.start()
+        assert not recorder.told.is_set()
+        recorder.served(served())
+        assert recorder.told.is_set()
+        assert recorder.totals[A].answered == 1  # which takes it to what waits
+        assert not await recorder.flush()
+        assert recorder.told.is_set()
+        folder.unlink()
+        folder.mkdir()
+        assert await recorder.flush()
+        assert not recorder.told.is_set()
+        for tell in (
+            lambda: recorder.served(served()),
+            lambda: recorder.loaded(load(WALL)),
+            lambda: recorder.ended(end(WALL)),
+            lambda: recorder.learn({"k": footprint(5)}),
+            lambda: recorder.move({"k": "l"}),
+            lambda: recorder.found({"/x.gguf": None}),
+        ):
+            tell()
+            assert recorder.told.is_set()
+            assert await recorder.flush()
+            assert not recorder.told.is_set()

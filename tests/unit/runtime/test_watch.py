@@ -11,7 +11,8 @@ import watchfiles
 from offloadd.backends import discover
 from offloadd.clock import SystemClock
 from offloadd.runtime import reload
-from offloadd.runtime.reload import ConfigStore, watched_folders
+from offloadd.runtime.eye import watched_folders
+from offloadd.runtime.reload import ConfigStore
 
 
 def test_a_plain_file(tmp_path: Path) -> None:
