@@ -17,6 +17,7 @@ from offloadd.config import ConfigUnreadableError, Loaded, SystemSecrets, json_s
 from offloadd.daemon import serve
 from offloadd.errors import OffloaddError
 from offloadd.migrate.commands import app as import_app
+from offloadd.registry.lives import LifeBook
 from offloadd.runtime.reap import reap as end_leftovers
 from offloadd.systemd import Manager
 from offloadd.terminal import FAILED, JsonOption, run_app
@@ -58,8 +59,11 @@ def reap(
     data_dir: Annotated[Path, typer.Argument(envvar="STATE_DIRECTORY", help="The data folder of the daemon that started them.")],
     kept: Annotated[bool, typer.Option("--kept", help="Also what was left running on purpose, by server.on_stop: keep.")] = False,
 ) -> None:
-    """End the servers of a daemon that is gone and will not come back. As ExecStopPost= it acts only after a clean end."""
-    print(end_leftovers(data_dir, kept=kept))
+    """End the servers of a daemon that is gone and will not come back, by their stop_command where they have one.
+
+    As ExecStopPost= it acts only after a clean end.
+    """
+    print(end_leftovers(data_dir, kept=kept, book=LifeBook))
 
 
 @app.command()

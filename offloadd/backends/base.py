@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Protocol, Self, runtime_checkable
 
 from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
@@ -259,6 +260,18 @@ def visible(placement: Placement) -> dict[str, str]:
     """Let it see its own GPUs and no others. By UUID, which means nothing to the other vendor's driver, and so hides its cards."""
     names = ",".join(gpu.name for gpu in placement.gpus)
     return {"CUDA_VISIBLE_DEVICES": names, "ROCR_VISIBLE_DEVICES": names}
+
+
+_CONTAINERS = frozenset(
+    {"apptainer", "bwrap", "crictl", "ctr", "distrobox", "docker", "enroot", "lxc", "nerdctl", "podman", "singularity"}
+)
+"""Programs that run others among files of their own."""
+
+
+def own_folder(engine: Engine, endpoint: Endpoint) -> str:
+    """The launch's own folder where the engine can see it; empty where there is none, and in a container, which has its own."""
+    contained = any(PurePath(word).name in _CONTAINERS for word in engine.command)
+    return "" if contained else endpoint.folder
 
 
 def listed(body: bytes) -> set[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from offloadd.backends.base import ExitPattern, HubEngine, default_exit, match_exit, visible
+from offloadd.backends.base import ExitPattern, HubEngine, default_exit, match_exit, own_folder, visible
 from offloadd.backends.gauges import gauge
 from offloadd.backends.hub_memory import GIB, HubMemory, hub_memory
 from offloadd.backends.words import fill
@@ -174,7 +174,7 @@ class Tgi(HubEngine):
             *("--port", str(endpoint.port)),
             *("--prometheus-port", str(metrics_port)),
             # An instance that finds another's sockets here deletes them.
-            *("--shard-uds-path", _meeting_place(endpoint)),
+            *("--shard-uds-path", _meeting_place(engine, endpoint)),
             *("--master-addr", "127.0.0.1"),
             *("--master-port", str(meeting_port)),
             *("--num-shard", str(max(1, len(placement.gpus)))),
@@ -308,8 +308,14 @@ def _is_tgi(body: bytes) -> bool:
         return False
 
 
-def _meeting_place(endpoint: Endpoint) -> str:
-    """Of its parts. Whoever could guess it could be there first, so it is made of the launch's own key, which it does not tell."""
+def _meeting_place(engine: Engine, endpoint: Endpoint) -> str:
+    """Of its parts, whose sockets stay when it is killed: in a folder that goes with it.
+
+    Elsewhere, whoever could guess it could be there first, so it is made of the launch's own key, which it does not tell.
+    """
+    folder = own_folder(engine, endpoint)
+    if folder:
+        return f"{folder}/shard"
     name = hashlib.sha256(f"{endpoint.port} {endpoint.key}".encode()).hexdigest()[:16]
     return f"/tmp/offloadd-tgi-{name}"  # noqa: S108  # nosec B108  (nobody guesses it)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from offloadd.backends.base import ExitPattern, HubEngine, default_exit, listed, match_exit, visible
+from offloadd.backends.base import ExitPattern, HubEngine, default_exit, listed, match_exit, own_folder, visible
 from offloadd.backends.gauges import gauge
 from offloadd.backends.hub_memory import DEVICE_CONTEXT, GIB, HubMemory, hub_memory
 from offloadd.backends.words import fill
@@ -335,7 +335,10 @@ class Vllm(HubEngine):
         # On the CPU not even an empty list of GPUs: it takes that for a cluster whose cards are about to come, and dies of it.
         seen = visible(placement) if placement.gpus else {}
         naps = {"VLLM_SERVER_DEV_MODE": "1"} if options.sleep and placement.gpus else {}
-        env = {**_ENVIRONMENT, **naps, **seen, **engine.env, **spec.env}
+        folder = own_folder(engine, endpoint)
+        # Its sockets stay when it is killed. They are here also where TMPDIR is another, whose path may be too long for them.
+        sockets = {"VLLM_RPC_BASE_PATH": folder} if folder else {}
+        env = {**_ENVIRONMENT, **naps, **seen, **sockets, **engine.env, **spec.env}
         if endpoint.key:
             env["VLLM_API_KEY"] = endpoint.key  # not an argument: those are for all users to read
         if not placement.gpus:

@@ -25,7 +25,7 @@ from offloadd.events import EventKind, about
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName, DeviceId, HostId, InstanceId, ModelName
 from offloadd.state.launch import Endpoint, Placement
-from offloadd.state.life import Life, ProcessId
+from offloadd.state.life import Life, ProcessId, SharedPiece
 from offloadd.state.observed import ExitRecord
 from offloadd.units import Bytes, Instant, Seconds
 
@@ -291,6 +291,7 @@ def _body(life: Life) -> dict[str, Any]:
         "stop_command": list(life.stop_command),
         "user": life.user,
         "group": life.group,
+        "shared": [[piece.name, piece.device, piece.inode] for piece in life.shared],
         "stopping": life.stopping,
     }
 
@@ -331,6 +332,7 @@ def _life(mark: str, body: Any) -> Life:
         stop_command=tuple(str(word) for word in body.get("stop_command", ())),  # older daemons wrote none
         user=str(body.get("user", "")),
         group=str(body.get("group", "")),
+        shared=tuple(SharedPiece(name=str(name), device=int(dev), inode=int(ino)) for name, dev, ino in body.get("shared", ())),
         stopping=str(body["stopping"]),
     )
 

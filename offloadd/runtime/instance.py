@@ -24,7 +24,7 @@ from offloadd.runtime.stop_command import run_stop_command
 from offloadd.state.actions import StartInstance, StopReason
 from offloadd.state.desired import Engine, HealthPolicy
 from offloadd.state.ids import DeviceId, InstanceId, ModelName
-from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, Placement, Probe, ProbeReply
+from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, Launch, Placement, Probe, ProbeReply
 from offloadd.state.life import Life
 from offloadd.state.observed import ExitRecord, InstanceState, InstanceView
 from offloadd.units import Bytes, Instant, Seconds, format_bytes, format_seconds
@@ -42,6 +42,9 @@ TERM_AGAIN = Seconds(3)
 """A second SIGTERM after this long, or after half of stop_timeout: llama-server then stops waiting for anybody."""
 STUCK_AFTER = Seconds(10)
 """A process that SIGKILL has not ended by then is held by the kernel, mostly in a driver."""
+SHARED_WHILE_LOADING = Seconds(2)
+SHARED_EVERY = Seconds(60)
+"""How often it is looked at what a server has of the machine's shared memory: nearly all of it is made while it loads."""
 LOOPBACK = "127.0.0.1"
 
 _AT_FAULT = {StopReason.HUNG: ExitKind.HUNG, StopReason.START_TIMEOUT: ExitKind.START_TIMEOUT}
@@ -245,7 +248,9 @@ class Instance:
         if self._stopping.is_set():
             return await self._never_lived(ExitCause(kind=ExitKind.STOPPED, message=self._stop_why))
         try:
-            self._spawn(await asyncio.to_thread(find_account, self._engine.user, self._engine.group))
+            account = await asyncio.to_thread(find_account, self._engine.user, self._engine.group)
+            await self._give_folder(account)
+            self._spawn(account)
         except AccountError as error:
             cause = ExitCause(kind=ExitKind.NOT_STARTED, message=f"not started: {error.message}", hint=error.hint)
             return await self._never_lived(cause)
@@ -253,14 +258,24 @@ class Instance:
             return await self._never_lived(self._not_started(error))
         return None
 
+    async def _give_folder(self, account: Account | None) -> None:
+        """One of its own for temporary files; without, they go where everybody's go. It is written down with the process."""
+        folder = await asyncio.to_thread(self._tools.launcher.make_folder, self._life.mark, account)
+        self._life = replace(self._life, endpoint=replace(self._life.endpoint, folder=folder))
+        if not folder:
+            said = self._about(EventKind.INSTANCE_SPAWNED)
+            log.warning("%s: no folder can be made for its temporary files; what it leaves stays in /tmp", self.id, extra=said)
+
     async def _never_lived(self, cause: ExitCause) -> ExitRecord:
+        await asyncio.to_thread(self._tools.launcher.drop_folder, self._life.mark)
         await self._cross_out()
         return self.record(ExitStatus(), cause)
 
     async def _live(self) -> ExitRecord:
         process = self._process
         assert process is not None  # noqa: S101  (spawned or taken up)
-        helpers = [self._helper(self._watch(process)), self._helper(self._stop_when_told(process))]
+        work = (self._watch(process), self._stop_when_told(process), self._keep_shared(process))
+        helpers = [self._helper(each) for each in work]
         try:
             await self._note(process=process.id)
             status = await asyncio.shield(process.exited)
@@ -274,10 +289,12 @@ class Instance:
         self._enter(InstanceState.STOPPING)
         self._tools.hang_up(self.id, f"the backend ended ({status})", self._stop_reason is None)
         await self._run_stop_command(self._action.spec.stop_timeout)  # what it has started may have outlived it
-        remains = await asyncio.to_thread(self._tools.launcher.sweep, self._life.mark, process.id)
+        remains = await asyncio.to_thread(self._tools.launcher.sweep, self._life, process.id)
         if remains.killed:
             said = self._about(EventKind.INSTANCE_KILLED)
             log.warning("%s left %d processes outside its group; killed", self.id, remains.killed, extra=said)
+        if remains.shared:
+            log.info("%s left %d pieces of shared memory; taken away", self.id, remains.shared)
         tail = await asyncio.to_thread(self._tools.logs.tail, self.id)
         await self._cross_out()
         return self.record(status, self._cause(status, tail, self._evidence(remains)), tail)
@@ -358,6 +375,8 @@ class Instance:
     def _spawn(self, account: Account | None) -> None:
         action, endpoint = self._action, self._life.endpoint
         launch = self.backend.launch(self._engine, action.spec, action.candidate.facts, action.placement, endpoint)
+        if endpoint.folder:
+            launch = Launch(argv=launch.argv, env={"TMPDIR": endpoint.folder, **launch.env})
         log_path = self._tools.logs.path(self.id)
         process = self._tools.launcher.spawn(launch, mark=self._life.mark, log_path=log_path, account=account)
         self._process = process
@@ -556,6 +575,7 @@ class Instance:
         """
         await self._stopping.wait()
         self._tools.hang_up(self.id, self._stop_why, False)
+        await self._look_at_shared(process)
         await self._note(stopping=self._stop_why or self._stop_reason or "stopped")
         limit = self._action.spec.stop_timeout if self._stop_limit is None else self._stop_limit
         first = min(TERM_AGAIN, Seconds(limit / 2))
@@ -576,6 +596,17 @@ class Instance:
             self._stuck = True
             self._tools.changed(self.id)
             process.kill()
+
+    async def _keep_shared(self, process: Process) -> None:
+        """Know what it has of the machine's shared memory: when it is dead, nobody can tell any more whose that was."""
+        while True:
+            await self._look_at_shared(process)
+            await asyncio.sleep(SHARED_WHILE_LOADING if self._ready_at is None else SHARED_EVERY)
+
+    async def _look_at_shared(self, process: Process) -> None:
+        pieces = await asyncio.to_thread(self._tools.launcher.shared, process.id, self._life)
+        if not set(self._life.shared).issuperset(pieces):
+            await self._note(shared=pieces)
 
     async def _run_stop_command(self, limit: Seconds) -> bool:
         """What the config said at the start of an end that signals do not bring about; whether it said anything."""

@@ -9,15 +9,11 @@ from collections.abc import Callable, Iterable
 from offloadd.events import EventKind, about
 from offloadd.runtime.instance import Lives
 from offloadd.runtime.launchers import Launcher, Process
-from offloadd.runtime.stop_command import run_stop_command
+from offloadd.runtime.stop_command import STOP_WITHIN, run_stop_command
 from offloadd.state.desired import Engine
 from offloadd.state.life import Life, ProcessId
-from offloadd.units import Seconds
 
 log = logging.getLogger(__name__)
-
-STOP_WITHIN = Seconds(30)
-"""The longest that a stop_command may take at the start: nobody is served meanwhile. All of them run at once."""
 
 
 async def take_up(
@@ -45,8 +41,10 @@ async def take_up(
             lost.append(life)
         else:
             found.append((life, process))
-    await asyncio.gather(*(_end(life, lives, boot, engine_of(life)) for life in lost))
-    killed = await asyncio.to_thread(launcher.sweep_home, frozenset(life.mark for life, _ in found))
+    await asyncio.gather(*(_stop(life, boot, engine_of(life)) for life in lost))
+    killed = await asyncio.to_thread(launcher.sweep_home, frozenset(life.mark for life, _ in found), lost)
+    for life in lost:
+        await asyncio.to_thread(lives.drop, life.mark)
     if killed:
         said = about(EventKind.INSTANCE_KILLED, strays=killed)
         log.warning("killed %d processes of an earlier daemon that nobody can vouch for", killed, extra=said)
@@ -54,15 +52,17 @@ async def take_up(
     for life, known in found:
         watched = launcher.adopt(known, mark=life.mark)
         if watched is None:
-            await _end(life, lives, boot, engine_of(life))
+            await _stop(life, boot, engine_of(life))
+            await asyncio.to_thread(launcher.sweep, life, known)
+            await asyncio.to_thread(lives.drop, life.mark)
             continue
         log.info("%s: still runs as pid %d", life.instance, watched.pid)
         adopted.append((life, watched))
     return adopted
 
 
-async def _end(life: Life, lives: Lives, boot: str, engine: Engine) -> None:
-    """Run its stop_command, if it has one and the machine has not been started anew since; then it is forgotten."""
+async def _stop(life: Life, boot: str, engine: Engine) -> None:
+    """Run its stop_command, if it has one and the machine has not been started anew since."""
     if life.stop_command and boot and life.boot == boot:
         limit = min(life.spec.stop_timeout, STOP_WITHIN)
         problem = await run_stop_command(life.stop_command, engine, limit)
@@ -71,7 +71,6 @@ async def _end(life: Life, lives: Lives, boot: str, engine: Engine) -> None:
             log.warning("%s: of an earlier daemon; stop_command: %s", life.instance, problem, extra=said)
         else:
             log.info("%s: of an earlier daemon; ended by its stop_command", life.instance, extra=said)
-    await asyncio.to_thread(lives.drop, life.mark)
 
 
 def _vouch(life: Life, launcher: Launcher, holds_port: Callable[[Life, int], bool]) -> ProcessId | None:

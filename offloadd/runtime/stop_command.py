@@ -11,6 +11,9 @@ from offloadd.environment import engine_environment
 from offloadd.state.desired import Engine
 from offloadd.units import Seconds
 
+STOP_WITHIN = Seconds(30)
+"""The longest that those of an earlier daemon may take, all of them at once: nobody is served meanwhile."""
+
 
 async def run_stop_command(words: Sequence[str], engine: Engine, limit: Seconds) -> str:
     """Run it to its end as the engine's user, or kill it after `limit`; why it failed, empty when it did not."""

@@ -27,6 +27,9 @@ class Endpoint:
     key: str = field(default="", repr=False)
     """Who asks there shows it: random for each launch, so that nobody on the machine goes past offloadd; an external engine's own;
     empty where the engine knows no keys."""
+    folder: str = ""
+    """The launch's own, for its sockets and temporary files, removed with it: short enough for names of 48 bytes below it. Empty
+    where there is none."""
 
     @property
     def url(self) -> str:

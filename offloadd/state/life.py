@@ -20,6 +20,16 @@ class ProcessId:
     """Clock ticks since boot, field 22 of its stat."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class SharedPiece:
+    """A piece of the machine's shared memory, which outlives whoever made it. By its name alone it could be another's."""
+
+    name: str
+    """In /dev/shm."""
+    device: int
+    inode: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
     """One instance: what it was meant to be, written before it is spawned, and what came of it."""
@@ -49,5 +59,7 @@ class Life:
     user: str = ""
     group: str = ""
     """As whom it was started; empty for the daemon's own."""
+    shared: tuple[SharedPiece, ...] = ()
+    """What its processes were seen to have mapped, to be taken away when they are gone."""
     stopping: str = ""
     """Why it is being stopped; empty when it is not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Protocol
 
 from offloadd.accounts import Account
 from offloadd.state.launch import ExitStatus, Launch
-from offloadd.state.life import Life, ProcessId
+from offloadd.state.life import Life, ProcessId, SharedPiece
 from offloadd.units import Bytes
 
 
@@ -22,6 +23,8 @@ class Remains:
     oom_kills: int = 0
     """Of its own processes, by its own control group; surely of this tree."""
     peak: Bytes | None = None
+    shared: int = 0
+    """Pieces of shared memory that were taken away."""
 
 
 class Process(Protocol):
@@ -59,6 +62,18 @@ class Launcher(Protocol):
         """
         ...
 
+    def make_folder(self, mark: str, account: Account | None) -> str:
+        """A folder for the launch with this mark, of that account; empty where none can be made. Blocks."""
+        ...
+
+    def drop_folder(self, mark: str) -> None:
+        """Take it away with all that is in it: nothing runs that was given it. Blocks."""
+        ...
+
+    def shared(self, process: ProcessId, life: Life) -> tuple[SharedPiece, ...]:
+        """What the process's tree has of the machine's shared memory, and what is left of what was written of that. Blocks."""
+        ...
+
     def find(self, life: Life) -> ProcessId | None:
         """The living process of an instance that an earlier daemon began, if it is surely that one. Blocks."""
         ...
@@ -67,12 +82,15 @@ class Launcher(Protocol):
         """Watch such a process; None when it has ended meanwhile."""
         ...
 
-    def sweep(self, mark: str, process: ProcessId) -> Remains:
-        """Kill what is left of an ended instance's tree, also what left its group. Blocks."""
+    def sweep(self, life: Life, process: ProcessId) -> Remains:
+        """Kill what is left of an ended instance's tree, also what left its group; then take away what that left. Blocks."""
         ...
 
-    def sweep_home(self, kept: AbstractSet[str]) -> int:
-        """Kill whatever else an earlier daemon left running, those with these marks aside; the number killed. Blocks."""
+    def sweep_home(self, kept: AbstractSet[str], lost: Sequence[Life]) -> int:
+        """Kill whatever else an earlier daemon left running, those with these marks aside; the number killed. Blocks.
+
+        What they have left is taken away then, and what the `lost` have: instances that have ended.
+        """
         ...
 
     def close(self) -> None:

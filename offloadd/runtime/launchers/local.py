@@ -15,12 +15,13 @@ from pathlib import Path
 
 from offloadd.accounts import Account, step_to
 from offloadd.environment import engine_environment
-from offloadd.runtime.launchers import Remains
+from offloadd.runtime.launchers import Remains, shared
 from offloadd.runtime.launchers.cgroups import Group, GroupEvidence, delegated
+from offloadd.runtime.launchers.folders import Folders
 from offloadd.runtime.launchers.identity import Stat, all_pids, boot_id, environment, stat
 from offloadd.runtime.launchers.pidfds import told_status
 from offloadd.state.launch import ExitStatus, Launch
-from offloadd.state.life import Life, ProcessId
+from offloadd.state.life import Life, ProcessId, SharedPiece
 
 MARK = "OFFLOADD_INSTANCE"
 HOME_MARK = "OFFLOADD_DATA_DIR"
@@ -131,6 +132,7 @@ class LocalLauncher:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._groups = delegated(home)
+        self._folders = Folders(home)
         self.boot = boot_id()
 
     def spawn(self, launch: Launch, *, mark: str, log_path: Path, account: Account | None = None) -> LocalProcess:
@@ -157,6 +159,22 @@ class LocalLauncher:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             raise
+
+    def make_folder(self, mark: str, account: Account | None) -> str:
+        """A folder for the launch with this mark, of that account; empty where none can be made. Blocks."""
+        made = self._folders.make(mark, account)
+        return "" if made is None else str(made)
+
+    def drop_folder(self, mark: str) -> None:
+        """Take it away with all that is in it. Blocks."""
+        self._folders.remove(mark)
+
+    def shared(self, process: ProcessId, life: Life) -> tuple[SharedPiece, ...]:
+        """What its group, or else its session, has of the machine's shared memory, and what it had that is still there. Blocks."""
+        group = self._groups.of(life.mark) if self._groups else None
+        members = group.pids() if group is not None else []
+        found = shared.mapped(members or _session(process)) | shared.still_there(life.shared)
+        return tuple(sorted(found))[: shared.MOST]
 
     def find(self, life: Life) -> ProcessId | None:
         """By pid and start time where they were written down, else by the mark, which the leader of a session carries. Blocks."""
@@ -188,10 +206,12 @@ class LocalLauncher:
             return None
         return adopted
 
-    def sweep(self, mark: str, process: ProcessId) -> Remains:
-        """Kill what is left by group, by mark, and by the session that it led. Blocks."""
+    def sweep(self, life: Life, process: ProcessId) -> Remains:
+        """Kill what is left by group, by mark, and by the session that it led; of a dead tree, take away what it left. Blocks."""
+        mark = life.mark
         group = self._groups.of(mark) if self._groups else None
         left = list(self._leftovers(mark, process))
+        pieces = shared.mapped(each.pid for each in left).union(life.shared)
         killed = _kill_all(left)
         evidence = GroupEvidence()
         if group is not None and group.path.is_dir():
@@ -201,20 +221,33 @@ class LocalLauncher:
         if group is not None and group.path.is_dir():
             evidence = group.evidence()
             group.remove()
-        return Remains(killed=killed, oom_kills=evidence.oom_kills, peak=evidence.peak)
+        gone = not any(_lives(each) for each in left) and not (group is not None and group.populated)
+        if gone:  # else the next daemon does it
+            self._folders.remove(mark)
+            self._folders.discard(life.endpoint.folder)
+        taken = shared.remove(pieces) if gone else 0
+        return Remains(killed=killed, oom_kills=evidence.oom_kills, peak=evidence.peak, shared=taken)
 
-    def sweep_home(self, kept: AbstractSet[str]) -> int:
-        """Kill whatever an earlier daemon with this data folder left running, but for those with these marks. Blocks."""
+    def sweep_home(self, kept: AbstractSet[str], lost: Sequence[Life]) -> int:
+        """Kill whatever an earlier daemon with this data folder left running, but for those with these marks. Blocks.
+
+        Then take away what those left, and what the `lost` have left that have ended.
+        """
         strays = [found for found in self._at_home() if environment(found.pid, _MARKS).get(MARK) not in kept]
+        pieces = shared.mapped(stray.pid for stray in strays)
         killed = _kill_all(strays)
         if self._groups is not None:
             killed = max(killed, self._groups.sweep(kept))
         _wait(lambda: not any(_lives(stray) for stray in strays))
         _reap_the_dead()
+        if not any(_lives(stray) for stray in strays):
+            self._folders.sweep(kept)
+            take_away(self._folders, lost, pieces, self.boot)
         return killed
 
     def close(self) -> None:
-        """Take the folder of control groups away, if nothing is left in it."""
+        """Take away what was made for control groups and folders, if nothing is left in it."""
+        self._folders.close()
         if self._groups is not None:
             self._groups.remove()
 
@@ -252,6 +285,21 @@ class LocalLauncher:
     def _environment(self, added: Mapping[str, str], mark: str, account: Account | None) -> dict[str, str]:
         who = account.environment if account else None
         return engine_environment({**added, MARK: mark, HOME_MARK: str(self._home)}, who)
+
+
+def take_away(folders: Folders, lost: Sequence[Life], pieces: set[SharedPiece], boot: str) -> None:
+    """What ended instances have left: their folders, wherever they were, and shared memory, which no boot outlives. Blocks."""
+    for life in lost:
+        folders.discard(life.endpoint.folder)
+    shared.remove(pieces.union(*(life.shared for life in lost if boot and life.boot == boot)))
+
+
+def _session(process: ProcessId) -> Iterator[int]:
+    """The processes of the session that it leads, while it lives."""
+    for pid in all_pids():
+        found = stat(pid)
+        if found is not None and found.session == process.pid:
+            yield pid
 
 
 def _behind(step: tuple[str, ...], group: Group | None, argv: tuple[str, ...], variables: Mapping[str, str]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from offloadd.state.actions import StartInstance, StopReason
 from offloadd.state.desired import Engine, HealthPolicy, ModelSpec
 from offloadd.state.ids import HOST_RAM, LOCAL, BackendName, InstanceId, ModelName
 from offloadd.state.launch import Candidate, Endpoint, ExitKind, ExitStatus, Launch, ModelFacts, Placement, Probe, ProbeReply
-from offloadd.state.life import Life, ProcessId
+from offloadd.state.life import Life, ProcessId, SharedPiece
 from offloadd.state.observed import ExitRecord, InstanceState
 from offloadd.units import Bytes, Seconds
 
@@ -63,11 +63,20 @@ class Script:
     def adopt(self, process: ProcessId, *, mark: str) -> None:
         return None
 
-    def sweep(self, mark: str, process: ProcessId) -> Remains:
+    def make_folder(self, mark: str, account: Account | None) -> str:
+        return ""
+
+    def drop_folder(self, mark: str) -> None:
+        self.steps.append("drop folder")
+
+    def shared(self, process: ProcessId, life: Life) -> tuple[SharedPiece, ...]:
+        return ()
+
+    def sweep(self, life: Life, process: ProcessId) -> Remains:
         self.steps.append("sweep")
         return Remains()
 
-    def sweep_home(self, kept: AbstractSet[str]) -> int:
+    def sweep_home(self, kept: AbstractSet[str], lost: Sequence[Life]) -> int:
         return 0
 
     def close(self) -> None: ...
@@ -112,15 +121,19 @@ async def become(instance: Instance, wanted: InstanceState) -> None:
             await asyncio.sleep(0.005)
 
 
+async def happened(script: Script, step: str) -> None:
+    async with asyncio.timeout(10):
+        while step not in script.steps:
+            await asyncio.sleep(0.005)
+
+
 async def test_everything_is_written_down_before_it_is_done(tmp_path: Path) -> None:
     script = Script()
     instance = begin(script, tmp_path)
     running = asyncio.create_task(instance.run())
-    await become(instance, InstanceState.READY)
+    await happened(script, "ready")
     instance.stop(StopReason.IDLE, "nobody wants it")
-    async with asyncio.timeout(10):
-        while "term" not in script.steps:
-            await asyncio.sleep(0.005)
+    await happened(script, "term")
     script.exited.set_result(ExitStatus(code=0))
     record = await running
     assert [step for step in script.steps if step != "kill"] == [

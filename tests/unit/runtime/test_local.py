@@ -54,7 +54,7 @@ def launcher(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(cgroups, "USED", request.param)
     made = LocalLauncher(tmp_path)
     yield made
-    made.sweep_home(frozenset())
+    made.sweep_home(frozenset(), ())
     made.close()
 
 
@@ -106,7 +106,7 @@ async def test_a_tree_that_scattered_ends_whole(launcher: LocalLauncher, tmp_pat
     assert len(others) == 5
     process.kill()
     assert await process.exited == ExitStatus(signal=signal.SIGKILL)
-    await asyncio.to_thread(launcher.sweep, MARK, process.id)
+    await asyncio.to_thread(launcher.sweep, life(process.id, launcher), process.id)
     assert marked(tmp_path) == []
 
 
@@ -114,7 +114,7 @@ async def test_a_leader_that_ends_by_itself_takes_its_tree_along(launcher: Local
     process, _ = await forked(launcher, tmp_path)
     process.terminate()
     assert await process.exited == ExitStatus(signal=signal.SIGTERM)
-    await asyncio.to_thread(launcher.sweep, MARK, process.id)
+    await asyncio.to_thread(launcher.sweep, life(process.id, launcher), process.id)
     assert marked(tmp_path) == []
 
 
@@ -174,7 +174,7 @@ async def test_the_end_of_an_adopted_one_is_seen_and_its_tree_ends(launcher: Loc
     os.kill(process.pid, signal.SIGKILL)
     async with asyncio.timeout(10):
         await adopted.exited
-    await asyncio.to_thread(launcher.sweep, MARK, process.id)
+    await asyncio.to_thread(launcher.sweep, life(process.id, launcher), process.id)
     assert marked(tmp_path) == []
 
 
@@ -202,7 +202,7 @@ async def test_how_an_adopted_one_ended_where_the_kernel_tells(
 async def test_a_sweep_spares_the_kept(launcher: LocalLauncher, tmp_path: Path) -> None:
     kept = await started(launcher, SLEEP, tmp_path)
     stray = await started(launcher, SLEEP, tmp_path, mark="b-1@f00")
-    assert await asyncio.to_thread(launcher.sweep_home, frozenset({MARK})) == 1
+    assert await asyncio.to_thread(launcher.sweep_home, frozenset({MARK}), ()) == 1
     assert stat(kept.pid) is not None
     assert stat(stray.pid) is None
     async with asyncio.timeout(10):
@@ -220,7 +220,7 @@ async def test_a_group_lives_as_long_as_its_instance(tmp_path: Path) -> None:
     assert set(groups.of(MARK).pids()) == {process.pid, *others}
     process.kill()
     await process.exited
-    await asyncio.to_thread(launcher.sweep, MARK, process.id)
+    await asyncio.to_thread(launcher.sweep, life(process.id, launcher), process.id)
     assert not groups.of(MARK).path.exists()
     launcher.close()
     assert not groups.of(MARK).path.parent.exists()

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 
 from offloadd.runtime.lock import leave_kept, locked
-from offloadd.runtime.reap import reap
+from offloadd.registry.lives import LifeBook
+from offloadd.runtime.reap import reap as reap_with
 
 OFFLOADD = [sys.executable, "-m", "offloadd", "reap"]
+
+
+def reap(home: Path, *, kept: bool) -> str:
+    return reap_with(home, kept=kept, book=LifeBook)
 
 
 @pytest.fixture
