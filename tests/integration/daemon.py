@@ -21,6 +21,7 @@ from typing import Any, Self
 import psutil
 
 from offloadd.runtime.launchers.cgroups import delegated
+from offloadd.runtime.launchers.folders import Folders
 from tests.conformance.servers import HOST, STANDIN, Reply, free_port, tiny_gguf, until
 
 CHAT = "/v1/chat/completions"
@@ -238,6 +239,7 @@ class Daemon:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         _remove_groups(self.data_dir)
+        _remove_folders(self.data_dir)
         self.threads.shutdown(cancel_futures=True)
 
 
@@ -257,6 +259,13 @@ def _remove_groups(data_dir: Path) -> None:
     if groups is not None:
         groups.sweep(frozenset())
         groups.remove()
+
+
+def _remove_folders(data_dir: Path) -> None:
+    """Folders of its launches, likewise: they may lie in /tmp."""
+    folders = Folders(data_dir)
+    folders.sweep(frozenset())
+    folders.close()
 
 
 def replace_file(path: Path, text: str) -> None:

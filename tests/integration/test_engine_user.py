@@ -172,11 +172,14 @@ def test_an_engine_of_another_user_has_nothing_of_the_daemons_rights(folder: Pat
         assert {int(each, 16) for each in it["capabilities"]} == {0}
         assert it["no_new_privs"] == "1"
         who = {"HOME": entry.pw_dir, "USER": NOBODY, "LOGNAME": NOBODY}
-        assert it["environment"] == {**who, "XDG_CACHE_HOME": None, "TMPDIR": None, "SECRET": None}
+        folder = Path(it["environment"]["TMPDIR"])
+        assert it["environment"] == {**who, "XDG_CACHE_HOME": None, "TMPDIR": str(folder), "SECRET": None}
+        assert (folder.stat().st_uid, folder.stat().st_mode & 0o777) == (entry.pw_uid, 0o700)
         assert (it["secret"], it["socket"], it["kill"]) == ("PermissionError",) * 3
         log = next(daemon.data_dir.glob("logs/a-*.log"))
         assert f"engine of uid {entry.pw_uid}" in log.read_text()
         assert log.stat().st_uid == 0
+    assert not folder.parent.exists()
 
 
 def test_the_group_and_the_environment_are_as_the_config_says(folder: Path) -> None:
@@ -297,6 +300,9 @@ def test_a_daemon_that_is_not_root_passes_none_of_its_capabilities_on(folder: Pa
         assert it["uids"] == [pwd.getpwnam(user or SERVANT).pw_uid] * 3
         assert {int(each, 16) for each in it["capabilities"]} == {0}
         assert it["secret"] == ("PermissionError" if user else "of the d")
+        temporary = Path(it["environment"]["TMPDIR"])
+        assert temporary.stat().st_uid == pwd.getpwnam(user or SERVANT).pw_uid
+    assert not (temporary.parent if user else temporary).exists()
 
 
 def test_a_daemon_without_capabilities_starts_no_engine_of_another_user(folder: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import vllm_leavings
 from llama_process import Knobs, Marks, hold_on_gpus, leave
 from vllm_flags import Options
 
@@ -67,6 +68,8 @@ def _say(text: str, part: str) -> None:
 def _engine_core(options: Options, knobs: Knobs, ready: int, orders: int) -> None:
     """Lives until it is killed, or its Worker has ended. A parent that dies is nothing to it."""
     Marks(knobs.mark_file).write("engine")
+    if os.environ.get("STANDIN_LEAVINGS") == "1":
+        vllm_leavings.make(Marks(knobs.mark_file))
     _say(f"Starting to load model {options.model}...", "EngineCore")
     worker = _fork(lambda: _worker(options, knobs, ready, orders))
     os.close(ready)

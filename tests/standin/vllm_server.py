@@ -27,8 +27,10 @@ Knobs are environment variables:
     STANDIN_SLEEP=fails          `fails` with 500, or `hangs` for ever
     STANDIN_WAKE=fails           the same; `dies`: the engine runs out of memory
     STANDIN_WAKE_S=1.5           take so long to wake
+    STANDIN_LEAVINGS=1           make what it makes in TMPDIR and /dev/shm, and leave it there however it ends
     STANDIN_MARK_FILE=/some/file append a line per event, each beginning with the pid: `start`, `engine`, `worker`, `ready`, `term`,
                                  `request METHOD PATH`, `completed TOKENS`, `cancelled TOKENS`, `sleep LEVEL`, `wake TAGS`, `reload`
+                                 and `made PATH`
 """
 
 from __future__ import annotations

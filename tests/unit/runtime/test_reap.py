@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from offloadd.runtime.lock import leave_kept, locked
 from offloadd.registry.lives import LifeBook
+from offloadd.runtime.lock import leave_kept, locked
 from offloadd.runtime.reap import reap as reap_with
 
 OFFLOADD = [sys.executable, "-m", "offloadd", "reap"]
