@@ -9,6 +9,12 @@ let
       StateDirectoryMode = "0750";
     } else { };
 
+  runtime = {
+    RuntimeDirectory = "offloadd";
+    RuntimeDirectoryMode = "0755";
+    RuntimeDirectoryPreserve = true;
+  };
+
   hardening = {
     CapabilityBoundingSet = "";
     NoNewPrivileges = true;
@@ -48,7 +54,7 @@ in
     startLimitBurst = 10;
     environment = { XDG_CACHE_HOME = "%C/ml-offload"; }
       // lib.optionalAttrs (control != null) { OFFLOADD_SERVER = control; };
-    serviceConfig = hardening // state dataDir // {
+    serviceConfig = hardening // state dataDir // runtime // {
       Type = "notify-reload";
       NotifyAccess = "main";
       ExecStart = "${package}/bin/offloadd run -c ${configPath}";
@@ -70,9 +76,6 @@ in
       Group = user;
       CacheDirectory = "ml-offload";
       CacheDirectoryMode = "0750";
-      RuntimeDirectory = "offloadd";
-      RuntimeDirectoryMode = "0755";
-      RuntimeDirectoryPreserve = true;
       ReadWritePaths = map (path: "-${path}") (writable ++ lib.optional (!inStateDir dataDir) (toString dataDir));
       LimitNOFILE = 65536;
       LimitCORE = 0;
@@ -80,7 +83,7 @@ in
       TasksMax = "infinity";
       AmbientCapabilities = "";
       PrivateMounts = true;
-      RemoveIPC = true;
+      RemoveIPC = false;
       KeyringMode = "private";
       PrivateDevices = false;
       DeviceAllow = devices;
@@ -94,7 +97,7 @@ in
 
   reap = { package, user, dataDir, changesUser }: {
     description = "End what a failed offloadd has left running";
-    serviceConfig = hardening // state dataDir // {
+    serviceConfig = hardening // state dataDir // runtime // {
       Type = "oneshot";
       ExecStart = "${package}/bin/offloadd reap ${toString dataDir}";
       User = user;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -42,6 +44,6 @@ async def run_stop_command(words: Sequence[str], engine: Engine, limit: Seconds)
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
             await process.wait()
     return "" if code == 0 else f"{words[0]} ended with exit code {code}"

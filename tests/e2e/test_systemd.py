@@ -175,8 +175,16 @@ def test_a_bad_reload_fails_says_where_and_changes_nothing(operator: Operator) -
 def test_a_daemon_that_is_killed_comes_back_to_its_server_and_nobody_is_refused(operator: Operator) -> None:
     before, main = operator.servers(), operator.main_pid
     assert int(operator.show("NFileDescriptorStore")) == 1
+    piece = operator.machine.root / "dev/shm/psm_0badcafe"
+    touched = operator.machine.run("setpriv", "--reuid=ml-offload", "--clear-groups", "touch", "/dev/shm/psm_0badcafe")
+    assert touched.returncode == 0, touched.stderr
+    folder = temporary(operator, before[0])
+    assert folder.parent == operator.machine.root / "var/lib/ml-offload/tmp"
     operator.signal("KILL")
     operator.answers()  # waits for the next daemon, whose server is ready already
+    assert folder.is_dir(), "the private /tmp of the service is another by now"
+    assert piece.exists(), "its servers may yet open what they have in shared memory by its name"
+    piece.unlink()
     assert operator.main_pid not in (0, main)
     assert operator.show("NRestarts") == "1"
     operator.wait_status("1 of 2 models ready (a)")
@@ -229,6 +237,13 @@ def test_a_connection_to_the_socket_unit_starts_the_service_and_waits_through_a_
     assert f"0100007F:{9999:04X}" not in listening
     assert operator.machine.systemctl("stop", "ml-offload-api.socket", SERVICE).returncode == 0
     assert operator.servers() == []
+
+
+def temporary(operator: Operator, pid: int) -> Path:
+    """Where a server's temporary files go, seen from outside."""
+    variables = (operator.machine.root / f"proc/{pid}/environ").read_bytes().split(b"\0")
+    (found,) = (each for each in variables if each.startswith(b"TMPDIR="))
+    return operator.machine.root / found.decode().partition("=/")[2]
 
 
 def is_populated(group: Path) -> bool:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offloadd.registry.lives import LifeBook
+from offloadd.units import Seconds
 from tests.conformance.processes import until
 from tests.integration.daemon import Daemon, again, alive, launch, supervised, wait_healthy
 from tests.integration.engines import engines, hub_folder, script, served_by
@@ -102,6 +106,49 @@ def test_one_whose_client_died_with_the_daemon_is_ended_before_another_is_begun(
         assert [line.split()[0] for line in left.stopped] == [left.port]
         assert "a-1: of an earlier daemon; ended by its stop_command" in second.log
         assert second.chat().headers["X-Offloadd-Instance"] == "a-2"
+
+
+def reaped(left: Begun) -> str:
+    words = [sys.executable, "-m", "offloadd", "reap", str(left.daemon.data_dir)]
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+@pytest.mark.parametrize("client", ["lives", "is gone"])
+def test_offloadd_reap_runs_it(left: Begun, client: str) -> None:
+    if client == "is gone":
+        os.kill(left.client, signal.SIGKILL)
+        until(lambda: not alive(left.client), "the client is gone")
+    said = reaped(left)
+    assert not alive(left.server)
+    assert not alive(left.client)
+    assert left.stopped == [f"{left.port} "], "without the variables of the config, which it does not read"
+    ended = "no process" if client == "is gone" else "1 process ended"
+    assert said == f"{left.daemon.data_dir}: {ended}; a-1 ended by its stop_command"
+    assert reaped(left).endswith("nothing is left running")
+    assert len(left.stopped) == 1
+    with left.next() as second:
+        assert "of an earlier daemon" not in second.log
+        assert second.chat().status == 200
+
+
+def test_offloadd_reap_tells_of_one_that_fails_and_does_not_wait_for_ever(left: Begun) -> None:
+    life = LifeBook(left.daemon.data_dir / "state.db")
+    (written,) = life.lives()
+    life.keep(replace(written, spec=replace(written.spec, stop_timeout=Seconds(0.5))))
+    life.close()
+    (left.daemon.folder / "stop-elsewhere").write_text("#!/bin/sh\nsleep 600\n")
+    said = reaped(left)
+    assert "; a-1: its stop_command failed: " in said
+    assert said.endswith("/stop-elsewhere did not end within 0.5 s")
+    assert "1 process ended" in said
+    assert not alive(left.client)
+
+
+def test_offloadd_reap_leaves_a_living_daemons_alone(left: Begun) -> None:
+    with left.next():
+        assert "left alone: another offloadd" in reaped(left)
+        assert alive(left.server)
+        assert left.stopped == []
 
 
 def test_one_whose_engine_is_not_in_the_config_any_more_is_ended_too(left: Begun) -> None:
