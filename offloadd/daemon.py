@@ -161,7 +161,7 @@ class Daemon:
         self._meter = KeyMeter(clock)
         self._patience = Patience(clock, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.meters = Meters()
-        self.meters.registry.register(PictureCollector(self.look))
+        self.meters.registry.register(PictureCollector(lambda: self.look(closely=True)))
         self._asked: asyncio.Task[Picture] | None = None
         readers: list[DeviceReader] = [HostReader(), NvmlReader(), AmdReader()]
         self._observer = Observer(readers, backends, read_model, content_of_model, clock, lambda: self._catalog.facts())
@@ -276,8 +276,10 @@ class Daemon:
         """Begin to end: as SIGTERM does. Called again, it stops waiting for requests."""
         self.ending.begin()
 
-    def look(self) -> Picture:
-        """One reading of everything."""
+    def look(self, *, closely: bool = False) -> Picture:
+        """One reading of everything; `closely` by somebody who wants engines to be asked how busy they are from now on."""
+        if closely:
+            self._signals.look()
         attempt, applied = self._store.attempt, self._store.applied
         now, wall = self._clock.now(), self._clock.wall()
         config = ConfigStatus(
@@ -302,6 +304,7 @@ class Daemon:
             alive=now - self._reconciler.completed_at < STALLED,
             shelf=self._catalog.shelf,
             totals=self._chronicle.recorder.totals,
+            signals=self._signals.told(),
         )
 
     async def history(self, model: ModelName) -> History:

@@ -49,12 +49,15 @@ class ReadyHosts:
             known = self._apis[1][spec.name, name] = (spec, backend.api(spec) if backend else EngineApi())
         return known[1]
 
-    def choices(self, leases: Mapping[InstanceId, int]) -> list[Asked]:
-        """Instances that can be asked for their load, of models that have several, while requests of ours run on any of these."""
+    def choices(self, leases: Mapping[InstanceId, int], looked_on: bool) -> list[Asked]:
+        """Instances that can be asked for their load, while requests of ours run on any of their model's.
+
+        Of models that have several; of all where that is looked on.
+        """
         found: list[Asked] = []
         for model in {key.model for key in leases}:
             hosts = self.of(model)
-            if len(hosts) > 1 and any(host.instance in leases for host in hosts):
+            if (looked_on or len(hosts) > 1) and any(host.instance in leases for host in hosts):
                 found += [asked for host in hosts if (asked := self._asked(host)) is not None]
         return found
 

@@ -130,9 +130,9 @@ def present_request() -> str:
 
 
 def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[web.RouteDef]:
-    def show(view: Callable[[Picture], Any]) -> Handler:
+    def show(view: Callable[[Picture], Any], *, closely: bool = False) -> Handler:
         async def handler(_: web.Request) -> web.Response:
-            return web.json_response(view(as_seen(control.look())))
+            return web.json_response(view(as_seen(control.look(closely=closely))))
 
         return handler
 
@@ -168,7 +168,7 @@ def _control_routes(control: Control, find: Callable[[str], ModelSpec]) -> list[
         web.get("/vram/status", show(views.vram_status)),
         web.get("/models", _list_models(control)),
         web.get(f"/models/{{name:{_NAME}}}", _show_one(control, find)),
-        web.get("/backends", show(views.backends)),
+        web.get("/backends", show(views.backends, closely=True)),
         web.get("/backends/{name}", _show_backend(control)),
         web.get("/config", show(views.config)),
         web.get("/metrics", metrics),
@@ -217,7 +217,7 @@ def _show_one(control: Control, find: Callable[[str], ModelSpec]) -> Handler:
 
 def _show_backend(control: Control) -> Handler:
     async def handler(request: web.Request) -> web.Response:
-        picture, name = control.look(), request.match_info["name"]
+        picture, name = control.look(closely=True), request.match_info["name"]
         engine = next((e for e in picture.desired.engines.values() if e.name == name), None)
         if engine is None:
             raise RequestError(404, "backend_not_found", f'no backend is called "{name[:64]}"; GET /backends lists them')

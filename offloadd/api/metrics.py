@@ -51,6 +51,7 @@ class PictureCollector(Collector):
         yield from _models(picture)
         yield from _instances(picture)
         yield from _backends(picture)
+        yield from _signals(picture)
         yield _loans(picture)
         yield _plain("offloadd_start_time_seconds", "When the daemon started, in Unix seconds", picture.started_wall)
         yield _plain("offloadd_config_generation", "Number of the applied config", picture.config.generation)
@@ -129,6 +130,26 @@ def _backends(picture: Picture) -> Iterator[Metric]:
         view = picture.observed.engines.get(name)
         family.add_metric((name,), float(view is not None and not view.problem))
     yield family
+
+
+def _signals(picture: Picture) -> Iterator[Metric]:
+    """What engines say of themselves, where they were asked a moment ago."""
+    labels = ("backend", "model", "instance_id")
+    text = "Requests that the engine says it works on, whoever asked for them"
+    running = GaugeMetricFamily("offloadd_engine_running_requests", text, labels=labels)
+    text = "Requests that the engine says it has taken and not begun"
+    waiting = GaugeMetricFamily("offloadd_engine_waiting_requests", text, labels=labels)
+    text = "Share of its KV cache that the engine says is in use, 0 to 1"
+    cache = GaugeMetricFamily("offloadd_engine_kv_cache_usage_ratio", text, labels=labels)
+    for view in picture.observed.instances.values():
+        told = picture.signals.get(view.id)
+        if told is not None:
+            values = (view.backend, view.model, str(view.id))
+            running.add_metric(values, told.running)
+            waiting.add_metric(values, told.waiting)
+            if told.cache is not None:
+                cache.add_metric(values, told.cache)
+    yield from (running, waiting, cache)
 
 
 def _loans(picture: Picture) -> Metric:

@@ -12,8 +12,8 @@ from offloadd.state.actions import Plan
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
 from offloadd.state.history import History, Usage
-from offloadd.state.ids import ModelName
-from offloadd.state.observed import ObservedState
+from offloadd.state.ids import InstanceId, ModelName
+from offloadd.state.observed import ObservedState, Signal
 from offloadd.units import Instant
 
 
@@ -62,6 +62,8 @@ class Picture:
     """Models on disk that no entry of the config is about, served or not."""
     totals: Mapping[ModelName, Usage] = field(default_factory=dict)
     """What each model ever did."""
+    signals: Mapping[InstanceId, Signal] = field(default_factory=dict)
+    """How busy engines said that they are, a moment ago."""
 
     def wall_of(self, instant: Instant) -> float:
         """Unix seconds of a monotonic instant."""
@@ -76,8 +78,8 @@ class Control(Protocol):
         """What was counted since the start."""
         ...
 
-    def look(self) -> Picture:
-        """One reading of everything."""
+    def look(self, *, closely: bool = False) -> Picture:
+        """One reading of everything; `closely` by somebody who wants engines to be asked how busy they are from now on."""
         ...
 
     async def reload(self) -> Picture:

@@ -72,6 +72,12 @@ VRAM = thing({"devices": listed(_DEVICE), "totals": OBJECT, "loans": listed(OBJE
 _ENTRY = {"id": TEXT, "object": {"const": "model"}, "created": WHOLE, "owned_by": TEXT}
 OPENAI_MODEL = thing(_ENTRY)
 OPENAI_MODELS = thing({"object": {"const": "list"}, "data": listed(OPENAI_MODEL)})
+_SIGNALS = thing({"running": WHOLE, "waiting": WHOLE, "kv_cache": maybe(NUMBER), "at": WALL})
+_INSTANCE = thing({"instance": TEXT, "model": TEXT, "backend": TEXT, "state": TEXT, "load": WHOLE, "slots": WHOLE})
+_INSTANCE["properties"]["signals"] = {
+    **maybe(_SIGNALS),
+    "description": "what its engine said a moment ago; asked while requests run and `/backends` or `/metrics` is read now and then",
+}
 _OWN = thing(
     {
         "state": TEXT,
@@ -90,13 +96,13 @@ _OWN = thing(
         "backends": listed(thing({"name": TEXT, "available": YES, "reason": TEXT, "hint": TEXT})),
         "fits": {"enum": ["now", "after eviction", "never", "unknown"]},
         "vram": thing({"estimated": maybe(BYTES), "learned": maybe(BYTES), "measured": maybe(BYTES)}),
-        "instances": listed(OBJECT),
+        "instances": listed(_INSTANCE),
     }
 )
 MODEL = thing({**_ENTRY, "offloadd": _OWN})
 MODELS = thing({"object": {"const": "list"}, "data": listed(MODEL)})
 BACKEND = thing(
-    {"name": TEXT, "engine": TEXT, "kind": TEXT, "version": TEXT, "available": YES, "reason": TEXT, "instances": listed(OBJECT)}
+    {"name": TEXT, "engine": TEXT, "kind": TEXT, "version": TEXT, "available": YES, "reason": TEXT, "instances": listed(_INSTANCE)}
 )
 BACKENDS = thing({"backends": listed(BACKEND)})
 

@@ -161,10 +161,19 @@ def instance(picture: Picture, view: InstanceView) -> Json:
         "fault": view.fault,
         "load": picture.demand.leases.get(view.id, 0),
         "slots": view.spec.parallel,
+        "signals": signals(picture, view),
         "reserved_bytes": view.placement.total,
         "awake_bytes": (view.awake or view.placement).total,
         "fingerprint": view.fingerprint,
     }
+
+
+def signals(picture: Picture, view: InstanceView) -> Json | None:
+    """What its engine said a moment ago, others' requests included; None where it was not asked or does not tell."""
+    told = picture.signals.get(view.id)
+    if told is None:
+        return None
+    return {"running": told.running, "waiting": told.waiting, "kv_cache": told.cache, "at": picture.wall_of(told.at)}
 
 
 def _device(picture: Picture, view: DeviceView) -> Json:

@@ -101,13 +101,25 @@ def models_table(answer: Json) -> Table:
 
 
 def backends_table(answer: Json) -> Table:
-    """`/backends`: which engines can be started here, and why not."""
-    rows = table("backend", "available", "version", "load", "queue", "why not")
+    """`/backends`: which engines can be started here, and why not; how busy, by our own count and by theirs."""
+    rows = table("backend", "available", "version", "load", "queue", "runs", "holds", "kv", "why not")
     for entry in answer["backends"]:
         available = Text("yes", "green") if entry["available"] else Text("no", "red")
         why = "; ".join(part for part in (entry["reason"], entry["hint"]) if part)
-        rows.add_row(entry["name"], available, Text(entry["version"]), str(entry["load"]), str(entry["queue"]), Text(why))
+        rows.add_row(
+            entry["name"], available, Text(entry["version"]), str(entry["load"]), str(entry["queue"]), *_said(entry), Text(why)
+        )
     return rows
+
+
+def _said(entry: Json) -> tuple[str, str, str]:
+    """What the engine's instances say together: requests that run and that are held back, and the fullest KV cache."""
+    told = [said for each in entry["instances"] if (said := each.get("signals"))]
+    caches = [each["kv_cache"] for each in told if each["kv_cache"] is not None]
+    if not told:
+        return "", "", ""
+    running, waiting = (str(sum(each[name] for each in told)) for name in ("running", "waiting"))
+    return running, waiting, f"{max(caches):.0%}" if caches else ""
 
 
 def vram_table(answer: Json) -> Table:

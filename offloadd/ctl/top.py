@@ -195,7 +195,7 @@ def _load(device: Json) -> str:
 
 def _models(models: Json, speed: Mapping[str, float]) -> Table:
     """Those that do something first, then by name."""
-    rows = show.table("model", "state", "busy", "queue", "tokens/s", "memory", "why")
+    rows = show.table("model", "state", "busy", "queue", "kv", "tokens/s", "memory", "why")
     for entry in sorted(models["data"], key=lambda each: (each["offloadd"]["state"] == "off", each["id"])):
         own = entry["offloadd"]
         rows.add_row(
@@ -203,11 +203,18 @@ def _models(models: Json, speed: Mapping[str, float]) -> Table:
             show.state(own["state"]),
             _busy(own["instances"]),
             str(own["waiting"] or ""),
+            _cache(own["instances"]),
             f"{speed.get(entry['id'], 0):.1f}" if speed.get(entry["id"]) else "",
             format_bytes(sum(each["reserved_bytes"] for each in own["instances"])) if own["instances"] else "",
             Text(own["reason"]),
         )
     return rows
+
+
+def _cache(instances: Iterable[Json]) -> str:
+    """How full the fullest KV cache is, where engines tell."""
+    told = [said["kv_cache"] for each in instances if (said := each.get("signals")) and said["kv_cache"] is not None]
+    return f"{max(told):.0%}" if told else ""
 
 
 def _busy(instances: Iterable[Json]) -> str:

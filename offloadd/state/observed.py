@@ -119,6 +119,9 @@ class Signal:
 
     beyond: int
     """Requests in it that are none of ours."""
+    running: int = 0
+    waiting: int = 0
+    """All that it works on, and all that it has taken and not begun."""
     at: Instant
     cache: float | None = None
     """Share of its KV cache in use, 0..1; None where it does not tell."""

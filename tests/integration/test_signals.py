@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from offloadd.ctl.show import backends_table
 from tests.conformance.processes import until
 from tests.integration.daemon import CHAT, HELLO, Daemon, marks
 from tests.integration.engines import daemon_of, served_by
@@ -58,3 +60,54 @@ def test_a_replica_that_others_use_is_the_second_choice_and_none_is_asked_when_i
         assert polls() == settled
         with daemon.stream("v", 3000):
             until(lambda: polls() > settled, "asked again while something runs")
+
+
+def test_what_an_engine_says_is_shown_to_whoever_looks(tmp_path: Path) -> None:
+    """Also of the only instance of a model, about which there is nothing to choose."""
+    marked = tmp_path / "marks"
+    env: dict[str, Any] = {"STANDIN_MARK_FILE": str(marked), "STANDIN_TOKEN_S": "0.02"}
+    models = {"v": served_by("vllm", run="always", parallel=8, env=env), "own": served_by("own", run="always")}
+
+    def polls() -> int:
+        return sum(line == "request GET /metrics" for line in marks(marked))
+
+    def shown(engine: str = "vllm") -> Any:
+        (instance,) = daemon.get(f"/backends/{engine}")["instances"]
+        return instance["signals"]
+
+    def samples() -> dict[str, float]:
+        text = daemon.request("GET", "/metrics").body.decode()
+        lines = [line for line in text.splitlines() if line.startswith("offloadd_engine_")]
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    patches = {"offloadd.runtime.signals.EVERY": 0.2, "offloadd.runtime.signals.LOOKED_ON": 1.0}
+    with daemon_of(tmp_path, models, patches=patches) as daemon:
+        for name in models:
+            daemon.wait_for(name)
+        assert shown() is None, "nothing runs"
+        crowd = strangers(daemon, "v", 2)
+        with daemon.stream("v", 3000, messages=said("one")):
+            found = until(lambda: told if (told := shown()) and told["running"] == 3 else None, "it is shown")
+            assert (found["waiting"], 0 <= found["kv_cache"] <= 1) == (0, True)
+            assert abs(found["at"] - time.time()) < 30
+            (row,) = (row for row in daemon.get("/models")["data"] if row["id"] == "v")
+            assert row["offloadd"]["instances"][0]["signals"]["running"] == 3
+            labels = '{backend="vllm",instance_id="v-1",model="v"}'
+            kinds = ("running_requests", "waiting_requests", "kv_cache_usage_ratio")
+            told = until(lambda: read if len(read := samples()) == 3 else None, "it is scraped")
+            assert list(told) == [f"offloadd_engine_{kind}{labels}" for kind in kinds]
+            assert told[f"offloadd_engine_running_requests{labels}"] == 3
+            cells = backends_table(daemon.get("/backends"))
+            row_of = list(cells.columns[0].cells).index("vllm")
+            assert [list(column.cells)[row_of] for column in cells.columns if column.header in ("runs", "holds")] == ["3", "0"]
+            assert shown("own") is None, "no adapter knows how to ask it"
+            until(lambda: settled(polls), "nobody looks any more, and it is not asked any more")
+            assert daemon.look("v")["instances"][0]["signals"] is None
+        for connection in crowd:
+            connection.close()
+
+
+def settled(count: Callable[[], int]) -> bool:
+    before = count()
+    time.sleep(1)  # five rounds
+    return count() == before

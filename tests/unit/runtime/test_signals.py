@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
 from offloadd.backends import llamacpp, tgi, vllm
@@ -14,6 +14,7 @@ from offloadd.runtime.signals import Asked, Signals
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import LOCAL, BackendName, InstanceId, ModelName
 from offloadd.state.launch import Endpoint, EngineLoad, Probe, ProbeReply
+from offloadd.units import Instant
 
 SPEC = ModelSpec(name=ModelName("m"), source="m", backends=(BackendName("vllm"),))
 ONE, TWO = InstanceId(LOCAL, ModelName("m"), 1), InstanceId(LOCAL, ModelName("m"), 2)
@@ -26,12 +27,38 @@ def metrics(running: float, waiting: float, cache: float = 0.25) -> bytes:
     return (reasons + "".join(f"vllm:{name}{labels} {value}\n" for name, value in rows.items())).encode()
 
 
+class Hands(SystemClock):
+    """A clock that stands where it is put."""
+
+    at = Instant(1000)
+
+    def now(self) -> Instant:
+        return self.at
+
+
 def round_of(
-    answers: Callable[[Endpoint, Probe], Awaitable[ProbeReply]], held: dict[InstanceId, int], backend: TellsLoad = vllm.BACKEND
+    answers: Callable[[Endpoint, Probe], Awaitable[ProbeReply]],
+    held: dict[InstanceId, int],
+    backend: TellsLoad = vllm.BACKEND,
+    *,
+    clock: SystemClock | None = None,
+    seen: list[bool] | None = None,
 ) -> Signals:
-    """What is known after one round over two instances, on ports 1 and 2."""
+    """What is known after one round over two instances, on ports 1 and 2; `seen` is whether somebody looked on, by rounds."""
     asked = [Asked(instance=key, spec=SPEC, endpoint=Endpoint(host="h", port=key.number), backend=backend) for key in (ONE, TWO)]
-    made = Signals(clock=SystemClock(), probe=answers, choices=lambda _: asked, held=lambda: held)
+
+    def choices(_held: Mapping[InstanceId, int], looked_on: bool) -> list[Asked]:
+        if seen is not None:
+            seen.append(looked_on)
+        return asked
+
+    made = Signals(clock=clock or SystemClock(), probe=answers, choices=choices, held=lambda: held)
+    again(made)
+    return made
+
+
+def again(made: Signals) -> None:
+    """One more round."""
 
     async def one_round() -> None:
         round_ = asyncio.create_task(made.attend())
@@ -41,7 +68,6 @@ def round_of(
             await round_
 
     asyncio.run(one_round())
-    return made
 
 
 def test_what_is_beyond_our_own_requests_is_known() -> None:
@@ -52,9 +78,33 @@ def test_what_is_beyond_our_own_requests_is_known() -> None:
     made = round_of(answer, {ONE: 2, TWO: 1})
     one, two = made.of(ONE), made.of(TWO)
     assert one is not None
-    assert (one.beyond, one.cache) == (5, 0.25)
+    assert (one.beyond, one.running, one.waiting, one.cache) == (5, 4, 3, 0.25)
     assert two is not None
     assert two.beyond == 0  # one of ours that it has not begun yet is nobody's else
+
+
+def test_what_was_said_long_ago_is_not_shown() -> None:
+    async def answer(endpoint: Endpoint, probe: Probe) -> ProbeReply:
+        return ProbeReply(status=200, body=metrics(1, 0))
+
+    clock = Hands()
+    made = round_of(answer, {ONE: 1}, clock=clock)
+    assert set(made.told()) == {ONE, TWO}
+    clock.at = Instant(clock.at + 60)
+    assert made.told() == {}
+
+
+def test_who_looks_has_them_asked_for_a_while() -> None:
+    async def answer(endpoint: Endpoint, probe: Probe) -> ProbeReply:
+        return ProbeReply(status=200, body=metrics(1, 0))
+
+    clock, seen = Hands(), list[bool]()
+    made = round_of(answer, {ONE: 1}, clock=clock, seen=seen)
+    made.look()
+    again(made)
+    clock.at = Instant(clock.at + signals.LOOKED_ON + 1)
+    again(made)
+    assert seen == [False, True, False]
 
 
 def test_who_does_not_tell_is_not_known_and_holds_up_nobody() -> None:
