@@ -401,6 +401,7 @@ class Instance:
             self._say_ready(self._ready_at)
             self._enter(InstanceState.READY)
         await self._note(ready_at=self._ready_at)
+        await self._look_at_shared(process)
         self._exposed = await asyncio.to_thread(self._tools.open_ports, process.pid)
         while True:
             await self._watch_life()

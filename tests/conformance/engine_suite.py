@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 
 from offloadd.backends.base import Backend, TellsLoad, fingerprint
 from offloadd.observe.probes import Prober, open_session
+from offloadd.runtime.launchers import shared as pieces_of
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.launch import Endpoint, ExitCause, ExitKind, ExitStatus, Health, ModelFacts, Placement, Probe, ProbeReply
 from tests.conformance.processes import Server, free_port, kill_session, session, until
@@ -54,14 +57,15 @@ class Behind:
         """Start the server as the daemon does; all that it leaves behind is killed at the end."""
         spec = spec or self.spec
         more = tuple(free_port() for _ in range(self.backend.more_ports))
-        endpoint = Endpoint(host="127.0.0.1", port=port or free_port(), more=more, key="0" * 64)
+        own = tempfile.mkdtemp(prefix="o-")
+        endpoint = Endpoint(host="127.0.0.1", port=port or free_port(), more=more, key="0" * 64, folder=own)
         launch = self.backend.launch(self.engine, spec, self.facts, Placement(reserved={}), endpoint)
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         log_path = self.folder / f"{endpoint.port}.log"
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 launch.argv,
-                env={**kept, **launch.env, **self.env, **(env or {})},
+                env={**kept, "TMPDIR": own, **launch.env, **self.env, **(env or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -71,8 +75,12 @@ class Behind:
         try:
             yield server
         finally:
+            pieces = pieces_of.mapped(each.pid for each in session(process.pid))
             kill_session(process.pid)
             server.server.kill()
+            until(lambda: not session(process.pid), "nothing is left")
+            pieces_of.remove(pieces)
+            shutil.rmtree(own)
 
 
 @dataclass(slots=True)

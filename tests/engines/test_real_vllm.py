@@ -16,6 +16,7 @@ from offloadd import demo
 from offloadd.backends.vllm import BACKEND, VllmOptions
 from offloadd.errors import PermanentError
 from offloadd.registry.readers import read_model
+from offloadd.runtime.launchers.shared import mapped, still_there
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.ids import BackendName, ModelName
 from offloadd.state.launch import ModelFacts
@@ -150,12 +151,20 @@ def parts(pid: int) -> dict[str, psutil.Process]:
 def test_its_api_server_is_killed_and_nothing_of_it_is_left(daemon: Daemon) -> None:
     old = parts(daemon.pid("on-vllm"))
     assert {"VLLM::EngineCore", "VLLM::Worker"} <= set(old), sorted(old)
+    pieces = mapped(each.pid for each in old.values())
+    folder = Path(old["leader"].environ()["TMPDIR"])
+    sockets = [path for path in folder.iterdir() if path.is_socket()]
+    assert {piece.name.partition("_")[0] for piece in pieces} >= {"psm"}, pieces
+    assert sockets, list(folder.iterdir())
+    assert old["VLLM::EngineCore"].environ().get("TMPDIR", str(folder)) == str(folder)
     began = time.monotonic()
     old["leader"].kill()
     until(lambda: not any(alive(each.pid) for each in old.values()), "all of it is gone", 30)
     took = time.monotonic() - began
     assert took < 30  # stop_timeout
     print(f"gone {took:.2f} s after kill -9: {sorted(old)}")
+    until(lambda: not folder.exists() and not still_there(pieces), "what it has left is gone", 30)
+    print(f"taken away: {len(sockets)} sockets, {sorted(piece.name for piece in pieces)}")
     until(lambda: daemon.pids("on-vllm") not in ([], [old["leader"].pid]), "another is started", 60)
     daemon.wait_for("on-vllm", within_s=READY_S)
     print(f"the replacement serves {time.monotonic() - began:.1f} s after kill -9")
