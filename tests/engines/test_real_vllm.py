@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from offloadd import demo
-from offloadd.backends.vllm import BACKEND, VllmOptions
+from offloadd.backends.vllm import BACKEND
+from offloadd.backends.vllm_options import VllmOptions
 from offloadd.errors import PermanentError
 from offloadd.registry.readers import read_model
 from offloadd.runtime.launchers.shared import mapped, still_there

@@ -8,7 +8,8 @@ import pytest
 
 from offloadd.backends.base import NO_ENDPOINT, NOWHERE, fingerprint
 from offloadd.backends.hub_memory import DEVICE_CONTEXT, GIB, hub_memory
-from offloadd.backends.vllm import BACKEND, VllmOptions
+from offloadd.backends.vllm import BACKEND
+from offloadd.backends.vllm_options import VllmOptions
 from offloadd.state.desired import Engine, ModelSpec
 from offloadd.state.ids import LOCAL, BackendName, DeviceId, ModelName
 from offloadd.state.launch import Endpoint, ExitKind, ExitStatus, Health, ModelFacts, Placement, ProbeReply, VramEstimate
