@@ -40,6 +40,8 @@ _WIGGLE = 0.90
 _AFTER = Bytes(GIB // 2)
 """Taken after the cache was sized: graphs."""
 _FRACTION_STEP = 10_000
+_BODIES = 2**30
+"""Bytes of a request that it is told to take: by itself no more than 2 MB, which a picture exceeds. server.max_body bounds them."""
 _SLOW = Seconds(10)
 """/health makes a token after a failure, and may wait behind other work."""
 _ONE_TOKEN = json.dumps({"inputs": "a", "parameters": {"max_new_tokens": 1}}).encode()
@@ -186,6 +188,8 @@ class Tgi(HubEngine):
             # Router and shards are given this long, one after the other.
             *("--graceful-termination-timeout", str(max(1, int(spec.stop_timeout / 3)))),
             *("--usage-stats", "off"),
+            # Said twice, it refuses to start.
+            *(() if _says("--payload-limit", engine.args, spec.args) else ("--payload-limit", str(_BODIES))),
             *_memory_flags(placement),
             *_option_flags(options),
             *engine.args,
@@ -299,6 +303,11 @@ def _option_flags(options: TgiOptions) -> Iterator[str]:
             yield from (flag, value)
     if options.trust_remote_code:
         yield "--trust-remote-code"
+
+
+def _says(flag: str, *words: Sequence[str]) -> bool:
+    """Whether it is among these arguments, with its value in a word of its own or not."""
+    return any(word == flag or word.startswith(f"{flag}=") for each in words for word in each)
 
 
 def _is_tgi(body: bytes) -> bool:

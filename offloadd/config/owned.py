@@ -24,6 +24,7 @@ _FLAGS: Mapping[str, str] = {
     **dict.fromkeys(("--gpu-memory-utilization", "--device-memory-utilization", "--cuda-memory-fraction"), "use vram"),
     **dict.fromkeys(("--prometheus-port", "--shard-uds-path", "--master-addr", "--master-port"), _ADDRESS),
     "--kv-cache-memory-bytes": "use vllm.kv_cache",
+    "--sleep-idle-seconds": "to ask whether it works wakes it, and what it gave back may be somebody else's: use idle_timeout",
     **dict.fromkeys(("--log-file", "--log-disable"), "an engine's output is kept and shown by offloadd"),
     **dict.fromkeys(("--fit", "-fit"), "memory is reserved before the start: use gpu_layers and vram"),
     **dict.fromkeys(
@@ -36,6 +37,11 @@ _FLAGS: Mapping[str, str] = {
     "--trust-remote-code": "it runs code that comes with the model: use trust_remote_code of vllm or tgi",
 }
 _VARIABLES: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+        "use devices: memory is reserved on the GPUs that an engine is given",
+    ),
+    **dict.fromkeys(("AIP_MODE", "AIP_HTTP_PORT", "LLAMA_SERVER_ROUTER_PORT"), _ADDRESS),
     **dict.fromkeys(("LLAMA_API_KEY", "LLAMA_ARG_API_KEY_FILE", "VLLM_API_KEY"), _KEY),
     **dict.fromkeys(("LLAMA_ARG_HOST", "LLAMA_ARG_PORT", "LLAMA_ARG_API_PREFIX", "HOSTNAME", "PORT"), _ADDRESS),
     **dict.fromkeys(("LLAMA_ARG_RPC", "LLAMA_ARG_STATIC_PATH", "LLAMA_ARG_MEDIA_PATH", "TRUST_REMOTE_CODE"), _SAFETY),

@@ -120,6 +120,12 @@ def test_secrets_of_a_launch_are_not_on_its_command_line(daemon: Daemon) -> None
     assert len(key) == 64
 
 
+@pytest.mark.parametrize("name", ["llamacpp", "vllm", "tgi"])
+def test_a_request_as_large_as_one_with_pictures_is_taken(daemon: Daemon, name: str) -> None:
+    """TGI by itself takes 2 MB."""
+    assert daemon.chat(f"on-{name}", user="x" * 3_000_000).status == 200
+
+
 # --- each is killed ---
 
 
@@ -257,6 +263,22 @@ def test_a_server_that_signals_do_not_reach_is_ended_by_its_stop_command(tmp_pat
         until(lambda: not alive(pid), "it is ended when it is idle", 30)
         until(lambda: daemon.state() == "off", "the model is off", 30)
         assert "killing its process tree" not in daemon.log
+
+
+@pytest.mark.parametrize("how", ["lost", "hang"])
+def test_a_vllm_that_takes_no_notice_of_the_end_while_it_loads_is_gone_all_the_same(tmp_path: Path, how: str) -> None:
+    env = {"STANDIN_TERM_WHILE_LOADING": how, "STANDIN_LOAD_S": "32"}
+    models = {"a": served_by("vllm", run="always", env=env, stop_timeout="1s")}
+    with daemon_of(tmp_path, models) as daemon:
+        old = until(lambda: found if len(found := tree(found_pid(daemon))) == 3 else None, "all of its processes load", 30)
+        assert daemon.post("/models/a/unload?wait=1", None).status == 200
+        assert not any(alive(each.pid) for each in old)
+        # The second SIGTERM ends one that hangs.
+        assert ("did not end within 1 s of SIGTERM (stop_timeout)" in daemon.log) is (how == "lost")
+
+
+def found_pid(daemon: Daemon) -> int:
+    return until(lambda: next(iter(daemon.pids()), None), "it is started", 30)
 
 
 def test_a_wrapper_that_dies_has_its_server_ended_too(tmp_path: Path) -> None:

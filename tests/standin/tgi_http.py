@@ -68,7 +68,7 @@ class Router:
         self._counters: dict[str, float] = {}
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=2_000_000)
+        app = web.Application(client_max_size=self.options.number("--payload-limit", 2_000_000))
         posts = {
             "/": self._compatible,
             "/generate": self._generate,

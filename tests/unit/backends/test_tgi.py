@@ -66,6 +66,26 @@ def test_nothing_is_left_to_a_variable_with_a_plain_name() -> None:
     assert "secret" not in words
 
 
+def test_its_sockets_lie_in_the_launchs_own_folder_unless_it_runs_in_a_container() -> None:
+    at = replace(AT, folder="/var/lib/ml-offload/tmp/0123456789ab")
+
+    def place(*command: str) -> str:
+        engine = replace(ENGINE, command=command)
+        return after("--shard-uds-path", list(BACKEND.launch(engine, spec(), FACTS, on(8 * GIB, 0), at).argv))
+
+    assert place("text-generation-launcher") == f"{at.folder}/shard"
+    assert place("numactl", "-N0", "text-generation-launcher") == f"{at.folder}/shard"
+    for command in (("podman", "run", "tgi"), ("/usr/bin/docker", "run", "tgi"), ("sudo", "podman", "run", "tgi")):
+        assert place(*command).startswith("/tmp/offloadd-tgi-"), "which is the container's own"
+
+
+def test_requests_with_pictures_are_not_too_large_for_it() -> None:
+    assert int(after("--payload-limit", argv(on(8 * GIB, 0)))) == 2**30
+    for words in (("--payload-limit", "5"), ("--payload-limit=5",)):
+        said = argv(on(8 * GIB, 0), args=words)
+        assert [word.partition("=")[0] for word in said].count("--payload-limit") == 1, "said twice, it refuses to start"
+
+
 def test_shards_are_as_many_as_cards() -> None:
     assert after("--num-shard", argv(on(8 * GIB, 0, GPU, OTHER))) == "2"
 

@@ -341,3 +341,14 @@ def test_an_adapter_of_the_models_own_name_is_what_clients_get_and_takes_memory_
     assert alone is not None
     assert over is not None
     assert over.total - alone.total == 200 * MIB  # room for twice its rank, and for modules that it leaves alone
+
+
+def test_its_sockets_lie_in_the_launchs_own_folder_unless_it_runs_in_a_container_or_the_config_says_otherwise() -> None:
+    at = Endpoint(host="127.0.0.1", port=41000, folder="/var/lib/ml-offload/tmp/0123456789ab")
+
+    def base(engine: Engine = ENGINE, **changes: object) -> str | None:
+        return BACKEND.launch(engine, spec(**changes), FACTS, on(8 * GIB), at).env.get("VLLM_RPC_BASE_PATH")
+
+    assert base() == at.folder
+    assert base(env={"VLLM_RPC_BASE_PATH": "/run/x"}) == "/run/x"
+    assert base(replace(ENGINE, command=("podman", "run", "vllm", "serve"))) is None

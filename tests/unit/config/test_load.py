@@ -156,6 +156,11 @@ def test_json_of_an_engines_own_reaches_the_engine_as_it_is_declared():
         ("args: [--served_model_name=x]", "--served_model_name must not be set here"),
         ("args: [-tp, '2']", "-tp must not be set here"),
         ("env: {VLLM_PORT: '1'}", "VLLM_PORT must not be set here"),
+        ("args: [--sleep-idle-seconds=60]", "--sleep-idle-seconds must not be set here"),
+        ("env: {AIP_MODE: PREDICTION}", "AIP_MODE must not be set here"),
+        ("env: {LLAMA_SERVER_ROUTER_PORT: '1'}", "LLAMA_SERVER_ROUTER_PORT must not be set here"),
+        ("env: {CUDA_VISIBLE_DEVICES: '1'}", "CUDA_VISIBLE_DEVICES must not be set here"),
+        ("env: {HIP_VISIBLE_DEVICES: '1'}", "HIP_VISIBLE_DEVICES must not be set here"),
     ],
 )
 def test_options_of_vllm_and_tgi_are_checked_where_they_stand(section, said):
