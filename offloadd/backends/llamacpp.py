@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from offloadd.backends.base import ExitPattern, default_exit, listed, match_exit, visible
+from offloadd.backends.base import listed, visible
+from offloadd.backends.llamacpp_failures import explain_exit
 from offloadd.backends.memory import LlamaMemory, llama_memory
 from offloadd.backends.words import fill
 from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
@@ -20,7 +20,6 @@ from offloadd.state.launch import (
     EngineApi,
     EngineLoad,
     ExitCause,
-    ExitKind,
     ExitStatus,
     Health,
     Launch,
@@ -93,87 +92,6 @@ class LlamaCppOptions(BackendOptions):
     """Path of a Jinja chat template that replaces the model's own."""
     reasoning_format: Literal["none", "auto", "deepseek", "deepseek-legacy"] | None = None
     """Where a reasoning model's thoughts go in the answer."""
-
-
-_FAILURES = (
-    ExitPattern(
-        re.compile(r"error: invalid argument: (?P<flag>\S+)"),
-        ExitKind.BAD_OPTION,
-        "llama-server does not know the option {flag}",
-        "remove it from args, or use a llama-server that has it (llama-server --help lists them)",
-        permanent=True,
-    ),
-    ExitPattern(
-        re.compile(r'error while handling argument "(?P<flag>[^"]+)": (?P<why>.*)'),
-        ExitKind.BAD_OPTION,
-        "llama-server refuses the value given for {flag}: {why}",
-        "correct the value in the config",
-        permanent=True,
-    ),
-    ExitPattern(
-        re.compile(r"couldn't bind HTTP server socket.*port: (?P<port>\d+)"),
-        ExitKind.PORT_TAKEN,
-        "port {port} was taken by another process",
-        "nothing to do: the next start takes another port",
-    ),
-    ExitPattern(
-        re.compile(r"failed to open GGUF file '(?P<path>[^']*)'(?: \((?P<why>[^)]*)\))?"),
-        ExitKind.BAD_MODEL,
-        "cannot open the model file {path}: {why}",
-        "check that the file exists and that the daemon's user may read it",
-        permanent=True,
-    ),
-    ExitPattern(
-        re.compile(r"data is not within the file bounds"),
-        ExitKind.BAD_MODEL,
-        "the model file is truncated: its tensors reach past its end",
-        "copy or download the file again, and compare its size with the original",
-        permanent=True,
-    ),
-    ExitPattern(
-        re.compile(r"(?P<what>invalid magic characters|failed to read magic|failed to read key-value pairs)"),
-        ExitKind.BAD_MODEL,
-        "the model file is not a whole GGUF file ({what})",
-        "copy or download the file again",
-        permanent=True,
-    ),
-    ExitPattern(
-        re.compile(r"unknown model architecture: '(?P<arch>[^']*)'"),
-        ExitKind.BAD_MODEL,
-        "this llama-server does not know the architecture {arch}",
-        "use a newer llama-server",
-        permanent=True,
-    ),
-    ExitPattern(
-        re.compile(r"this GGUF file is version (?P<version>\d+)"),
-        ExitKind.BAD_MODEL,
-        "this llama-server cannot read GGUF version {version}",
-        "use a newer llama-server",
-        permanent=True,
-    ),
-    ExitPattern(
-        re.compile(r"failed to load multimodal model, '(?P<path>[^']*)'"),
-        ExitKind.BAD_MODEL,
-        "cannot load the multimodal projector {path}",
-        "check llamacpp.mmproj",
-        permanent=True,
-    ),
-    ExitPattern(
-        re.compile(
-            r"cudaMalloc failed: out of memory|unable to allocate \S+ buffer|failed to allocate buffer"
-            r"|failed to allocate compute|ErrorOutOfDeviceMemory|failed to create_context"
-        ),
-        ExitKind.OUT_OF_MEMORY,
-        "there was not enough memory to load the model",
-        "lower context, parallel or gpu_layers, or free memory",
-    ),
-)
-_WRONG_PROCESSOR = ExitCause(
-    kind=ExitKind.NOT_STARTED,
-    message="this llama-server was built for instructions that this processor lacks (SIGILL)",
-    hint="use a llama-server built for this machine, or a portable one",
-    permanent=True,
-)
 
 
 _ALWAYS = frozenset(
@@ -329,13 +247,7 @@ class LlamaCpp:
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """Every failed start is exit 1: only the text tells them apart."""
-        if status.signal == signal.SIGILL and not was_ready:
-            return _WRONG_PROCESSOR
-        if status.signal is None and not was_ready:
-            cause = match_exit(_FAILURES, log_tail)
-            if cause is not None:
-                return cause
-        return default_exit(status, log_tail, was_ready=was_ready)
+        return explain_exit(status, log_tail, was_ready=was_ready)
 
 
 _USUAL = LlamaCppOptions()

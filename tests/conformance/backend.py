@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from offloadd.backends.llamacpp import BACKEND
+from offloadd.backends.llamacpp import BACKEND, LlamaCppOptions
 from offloadd.state.launch import ExitCause, ExitKind, ExitStatus, Health
 from tests.conformance.servers import Reply, Server, Subject, embedding_options, until
 
@@ -295,6 +295,12 @@ class Conformance:
         cause = self._failed_start(subject, spec=subject.spec(args=("--parallel", "many")))
         assert cause.kind is ExitKind.BAD_OPTION
         assert "--parallel" in cause.message
+
+    def test_a_cache_that_needs_flash_attention_is_not_taken_for_too_little_memory(self, subject: Subject) -> None:
+        options = {"llamacpp": LlamaCppOptions(flash_attention="off", cache_type_v="q8_0")}
+        cause = self._failed_start(subject, spec=subject.spec(options=options))
+        assert (cause.kind, cause.permanent) == (ExitKind.BAD_OPTION, True)
+        assert "flash" in cause.hint
 
     def test_port_in_use(self, subject: Subject, shared: Server) -> None:
         cause = self._failed_start(subject, port=shared.port)

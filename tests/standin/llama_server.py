@@ -125,7 +125,9 @@ def _listen(options: Options, knobs: Knobs) -> socket.socket:
 def _read_model(options: Options) -> ModelFile:
     path = options.model or ""
     try:
-        return read(path)
+        found = read(path)
+        _refuse_cache(options, path)
+        return found
     except BadModel as problem:
         # With --fit on, the real one tries twice, and so says this twice.
         for _ in range(1 if options.values.get("--fit") == "off" else 2):
@@ -135,6 +137,18 @@ def _read_model(options: Options) -> ModelFile:
         log("I", "operator(): cleaning up before exit...", at="operator()")
         log("E", "exiting due to model loading error", at="llama_server")
         leave(1)
+
+
+def _refuse_cache(options: Options, path: str) -> None:
+    """Of all that creating its context could fail of, what the command line alone decides."""
+    if options.values.get("--flash-attn") != "off" or options.values.get("--cache-type-v", "f16") in ("f16", "f32", "bf16"):
+        return
+    log("E", "llama_init_from_model: quantized V cache requires flash_attn to be enabled")
+    log("E", f"common_init_: failed to create context with model '{path}'", at="common_init_", part="cmn")
+    log("E", f"failed to create_context with model '{path}'", at="load_model")
+    log("I", "operator(): cleaning up before exit...", at="operator()")
+    log("E", "exiting due to model loading error", at="llama_server")
+    leave(1)
 
 
 def _say_bad_model(problem: str, path: str) -> None:

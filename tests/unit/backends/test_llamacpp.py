@@ -111,6 +111,26 @@ def test_a_program_for_another_processor_is_not_tried_again() -> None:
     assert (cause.kind, cause.permanent) == (ExitKind.NOT_STARTED, True)
 
 
+@pytest.mark.parametrize(
+    ("said", "kind", "why"),
+    [
+        ("CUDA error: an illegal memory access was encountered", ExitKind.CRASHED, "an illegal memory access was encountered"),
+        ("CUDA error: out of memory", ExitKind.OUT_OF_MEMORY, "no more memory"),
+    ],
+)
+@pytest.mark.parametrize("was_ready", [True, False])
+def test_an_abort_for_what_the_gpu_did_is_told_from_others(said: str, kind: ExitKind, why: str, was_ready: bool) -> None:
+    tail = (
+        said,
+        "  current device: 0, in function ggml_backend_cuda_synchronize at ggml-cuda.cu:2999",
+        "ggml-cuda.cu:9: CUDA error",
+    )
+    cause = BACKEND.explain_exit(ExitStatus(signal=6), tail, was_ready=was_ready)
+    assert (cause.kind, why in cause.message, cause.permanent) == (kind, True, False)
+    other = BACKEND.explain_exit(ExitStatus(signal=9), tail, was_ready=was_ready)
+    assert other.kind is ExitKind.KILLED, "somebody killed it"
+
+
 def test_files_beside_the_model_are_found_as_the_model_is() -> None:
     one = spec(options={"llamacpp": LlamaCppOptions(mmproj="eyes.gguf", lora=("style.gguf",))})
     assert BACKEND.companions(one) == ("eyes.gguf", "style.gguf")
