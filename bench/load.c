@@ -156,7 +156,8 @@ int main(int argc, char **argv) {
             fflush(stderr);
             last = now_us() + seconds * 1e6;
         }
-        if (hold && !all && dialled == count) last = now_us() + 1e6 > begin + 120e6 ? 0 : now_us() + seconds * 1e6;
+        /* However long it takes to open them, but not for ever. */
+        if (hold && !all) last = now_us() + 1e6 > begin + 120e6 ? 0 : now_us() + seconds * 1e6;
     }
     double took = (now_us() - begin) / 1e6;
     printf("{\"seconds\":%.3f,\"answers\":%ld,\"events\":%ld,\"failed\":%ld,\"rate\":%.1f", took, answers, events_seen, failed,

@@ -15,11 +15,12 @@ import aiohttp
 from aiohttp import http_parser
 
 from offloadd import __version__, eventloop
-from offloadd.api.app import Door, answer_headers, as_seen, build_app, present_request, request_id
+from offloadd.api.app import Door, answer_headers, as_seen, build_app, new_id, present_request, request_id
 from offloadd.api.borrow import borrow_route
 from offloadd.api.byhand import by_hand_routes
 from offloadd.api.caller import caller
 from offloadd.api.explain import explain_routes
+from offloadd.api.express import Lane
 from offloadd.api.front import Runner
 from offloadd.api.limits import KeyMeter
 from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
@@ -57,10 +58,11 @@ from offloadd.proxy.account import Accounts
 from offloadd.proxy.again import with_another_try
 from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.endpoints import dialect_routes
+from offloadd.proxy.express import Express
 from offloadd.proxy.gateway import Gateway
 from offloadd.proxy.keeping import KeepBook
 from offloadd.proxy.leases import LeaseBook
-from offloadd.proxy.upstream import Pool
+from offloadd.proxy.pool import Pool
 from offloadd.registry.content import content_of_model, parts_of
 from offloadd.registry.hub.jobs import Pulls
 from offloadd.registry.lives import LifeBook
@@ -393,7 +395,9 @@ class Daemon:
         app = build_app(self, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         options = {"handler_cancellation": True, "access_log": None, "shutdown_timeout": 1.0, "keepalive_timeout": IDLE}
-        runner = Runner(app, self._patience, door.max_body, **options)
+        express = Express(lambda: gateway.names, self._book, self._pool, accounts, new_id)
+        lane = Lane(door.access, door.allowed_hosts, express.take)
+        runner = Runner(app, self._patience, door.max_body, lane, **options)
         await runner.setup()
         logging.getLogger("offloadd").addHandler(self.meters.handler)
         logging.getLogger("offloadd").addHandler(self._recent)

@@ -18,6 +18,7 @@ from aiohttp import web
 from offloadd.api import listing, views
 from offloadd.api.caller import caller, identify
 from offloadd.api.dashboard import dashboard_route
+from offloadd.api.express import ADMITTED
 from offloadd.api.guard import check_host, check_site, cors_headers, preflight
 from offloadd.api.limits import SMALL, Bodies, KeyMeter
 from offloadd.api.metrics import exposition
@@ -109,14 +110,25 @@ def answer_headers(request: web.Request, door: Door) -> dict[str, str]:
     try:
         number = request[_ID_KEY]
     except KeyError:
-        number = request[_ID_KEY] = _new_id()
+        number = request[_ID_KEY] = new_id()
     origins = door.access().cors_origins
     return {"X-Request-Id": number, **cors_headers(request, origins)} if origins else {"X-Request-Id": number}
 
 
-def _new_id() -> str:
+def new_id() -> str:
     """A name, and no secret."""
     return f"{random.getrandbits(128):032x}"  # nosec B311  (a name, and no secret)
+
+
+def _given_id(request: web.Request) -> str:
+    given = request.headers.get("X-Request-Id", "")
+    return given if given and _REQUEST_ID.fullmatch(given) else ""
+
+
+def call_it(request: web.Request, number: str) -> str:
+    """Give a request its id."""
+    request[_ID_KEY] = number
+    return number
 
 
 def request_id(request: web.Request) -> str:
@@ -235,8 +247,7 @@ def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
 
     @web.middleware
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("X-Request-Id", "")
-        number = request[_ID_KEY] = given if given and _REQUEST_ID.fullmatch(given) else _new_id()
+        number = call_it(request, _given_id(request) or request.get(_ID_KEY) or new_id())
         _present_id.set(number)
         response: web.StreamResponse | None = None
         refusal: RequestError | None = None
@@ -274,6 +285,7 @@ async def _pass(door: Door, request: web.Request, handler: Handler) -> web.Strea
     present = _admit(request, access, scope)
     _check_length(request)
     check_query(request)
+    request[ADMITTED] = present
     if scope is Scope.ADMIN and request.method != "GET":
         door.meter.steer(present)
         who, said = present.name or "the local user", about(EventKind.ADMIN_CALL, request=request[_ID_KEY], key=present.name)

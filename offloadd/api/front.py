@@ -2,8 +2,9 @@
 
 What the HTTP library spends on each request (a queue, a stream for its body, two tasks, the search for its route) is of no use to
 a small POST that is here as a whole. Such a one becomes an ordinary `web.Request`, and goes through the same middleware and handler
-as any other. At the first request that is anything but plain, the connection goes to aiohttp with all the bytes of that request,
-for good: what is unusual is judged in one place only.
+as any other; one whose head is known from an earlier one does not even become that (`express.py`). At the first request that is
+anything but plain, the connection goes to aiohttp with all the bytes of that request, for good: what is unusual is judged in one
+place only.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ from aiohttp.web_urldispatcher import PlainResource, UrlMappingMatchInfo
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from offloadd.api.app import call_it
+from offloadd.api.express import ADMITTED, Errand, Lane
 from offloadd.api.operations import OPERATIONS
 from offloadd.api.patience import FIRST_REQUEST, IDLE, STALL, Known, Patience
 from offloadd.events import EventKind, about
 from offloadd.state.access import Scope
+from offloadd.state.judged import Judged
 
 log = logging.getLogger(__name__)
+
+Fields = tuple[tuple[bytes, bytes], ...]
 
 MAX_PLAIN = 64 * 1024
 """Bytes of a plain request's body. A larger one is better taken as it comes."""
@@ -57,10 +63,11 @@ class _Place:
 class Runner(web.AppRunner):
     """An app whose connections begin at a `Front`."""
 
-    def __init__(self, app: web.Application, patience: Patience, max_body: int, **options: Any) -> None:
+    def __init__(self, app: web.Application, patience: Patience, max_body: int, lane: Lane, **options: Any) -> None:
         super().__init__(app, **options)
         self._patience = patience
         self._max_body = max_body
+        self._lane = lane
         self.fronts: Fronts | None = None
         app.on_shutdown.append(self._close_fronts)
 
@@ -72,7 +79,7 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         server = await super()._make_server()
         self._patience.guard(server)
-        self.fronts = Fronts(self.app, server, self._patience, self._max_body)
+        self.fronts = Fronts(self.app, server, self._patience, self._max_body, self._lane)
         return server
 
     async def _close_fronts(self, _: web.Application) -> None:
@@ -83,8 +90,9 @@ class Runner(web.AppRunner):
 class Fronts:
     """All connections that are at a `Front` still, and what those share."""
 
-    def __init__(self, app: web.Application, server: web.Server, patience: Patience, max_body: int) -> None:
+    def __init__(self, app: web.Application, server: web.Server, patience: Patience, max_body: int, lane: Lane) -> None:
         self.server = server
+        self.lane = lane
         self.patience = patience
         self.max_body = max_body
         self.most = min(MAX_PLAIN, max_body)
@@ -101,11 +109,11 @@ class Fronts:
     async def close(self, timeout: float) -> None:
         """Take no more; what is under way may go on for so many seconds."""
         self.closed = True
-        running = [front.task for front in self.open if front.task is not None]
+        running = [work for front in self.open if (work := front.work()) is not None]
         if running:
             _, late = await asyncio.wait(running, timeout=timeout)
-            for task in late:
-                task.cancel()
+            for each in late:
+                each.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         for front in list(self.open):
             front.hang_up()
@@ -135,6 +143,8 @@ class Front(BaseProtocol):
         "_body",
         "_early",
         "_early_size",
+        "_ending",
+        "_errand",
         "_fields",
         "_known",
         "_length",
@@ -159,7 +169,12 @@ class Front(BaseProtocol):
         self._early: list[bytes] = []
         self._early_size = 0
         self.task: asyncio.Task[None] | None = None
-        self.peername = self.sockname = self.ssl_context = None  # as `web.Request` wants to know them
+        self._errand: Errand | None = None
+        """What is under way without a task."""
+        self._ending: asyncio.Future[None] | None = None
+        self.peername: Any = None  # these three are as `web.Request` wants to know them
+        self.sockname: Any = None
+        self.ssl_context: Any = None
         self._reset()
 
     def _reset(self) -> None:
@@ -195,11 +210,28 @@ class Front(BaseProtocol):
         super().connection_lost(exc)
         if self.task is not None:
             self.task.cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        errand, self._errand = self._errand, None
+        if errand is not None:
+            errand.gone()
 
     def hang_up(self) -> None:
         """Close it."""
+        self._leave()
         if self.transport is not None:
             self.transport.close()
+
+    async def drained(self) -> None:
+        """Wait until the client has taken the most of what was written."""
+        await self._drain_helper()
+
+    def work(self) -> asyncio.Future[None] | None:
+        """Done when what is under way for the client is over; None when nothing is."""
+        if self._errand is not None and self._ending is None:
+            self._ending = self._loop.create_future()
+        return self._ending if self._errand is not None else self.task
 
     def _let_go(self) -> None:
         self._all.open.discard(self)
@@ -207,13 +239,25 @@ class Front(BaseProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of a request; those of the next one wait until this one is over."""
-        if self.task is None:
-            self._read(data)
+        if self.task is None and self._errand is None:
+            if self._raw or not self._begin(data):
+                self._read(data)
             return
         self._early.append(data)
         self._early_size += len(data)
         if self.transport is not None and self._early_size > MAX_EARLY:
             self.transport.pause_reading()
+
+    def _begin(self, data: bytes) -> bool:
+        """Whether a whole request could begin at once, without a task."""
+        known = self._known
+        if not self.peername or known is None or self._all.closed:
+            return False
+        self._errand = self._all.lane.start(data, self)
+        if self._errand is None:
+            return False
+        known.limit = None
+        return True
 
     def _read(self, data: bytes) -> None:
         parser, known = self._reader, self._known
@@ -229,7 +273,9 @@ class Front(BaseProtocol):
             self._hand_over(known)
         elif self._whole:
             assert self._place is not None  # noqa: S101  (it would not be plain)
-            self.task = self._loop.create_task(self._serve(self._place))
+            whole = b"".join(self._raw)
+            if len(self._raw) == 1 or not self._begin(whole):
+                self.task = self._loop.create_task(self._serve(self._place, whole))
         elif self._place is not None:
             known.wait(STALL, self._all.patience.now())  # a body has only to come steadily
         elif len(self._raw) == 1:
@@ -251,10 +297,22 @@ class Front(BaseProtocol):
             handler.pause_writing()
         handler.data_received(data)
 
-    async def _serve(self, place: _Place) -> None:
+    async def _serve(self, place: _Place, whole: bytes) -> None:
+        parser, lane = self._reader, self._all.lane
+        fields, body, rules = tuple(self._fields), b"".join(self._body), lane.rules
+        keep_alive = parser is not None and parser.should_keep_alive()
+        request = self._request(place, fields, body, keep_alive=keep_alive)
+        self._raw, self._fields, self._body = [], [], []  # nobody needs them while a long answer is under way
+        mark = lane.mark(whole) if self.peername else b""
+        del whole, body
+        await self._handle(place, request)
+        caller = request.get(ADMITTED)
+        if caller is not None and lane.holds(rules):
+            lane.learn(mark, place.url.raw_path, fields, caller, keep_alive=keep_alive)
+
+    async def _handle(self, place: _Place, request: web.Request) -> None:
         keep = False
         try:
-            request = self._request(place)
             response = await place.handle(request)
             if type(response) is web.Response:  # refusals, for one; other answers are written by those who made them
                 request._payload_writer = StreamWriter(self, self._loop)
@@ -266,12 +324,10 @@ class Front(BaseProtocol):
         except Exception:
             log.exception("an answer could not be sent", extra=about(EventKind.INTERNAL_ERROR))
         finally:
-            self._over(keep=keep)
+            self.ended(keep=keep)
 
-    def _request(self, place: _Place) -> web.Request:
+    def _request(self, place: _Place, fields: Fields, body: bytes, *, keep_alive: bool) -> web.Request:
         """The request as handlers know it, its body read."""
-        parser = self._reader
-        fields, body = tuple(self._fields), b"".join(self._body)
         headers = CIMultiDict([(name.decode(*_AS_TEXT), value.decode(*_AS_TEXT)) for name, value in fields])
         message = RawRequestMessage(
             "POST",
@@ -279,7 +335,7 @@ class Front(BaseProtocol):
             HttpVersion11,
             CIMultiDictProxy(headers),
             fields,
-            parser is None or not parser.should_keep_alive(),
+            not keep_alive,
             None,
             False,
             False,
@@ -291,11 +347,24 @@ class Front(BaseProtocol):
         )
         request._match_info = place.match
         request._read_bytes = body
-        self._raw, self._fields, self._body = [], [], []  # nobody needs them while a long answer is under way
         return request
 
-    def _over(self, *, keep: bool) -> None:
-        self.task = None
+    def resort(self, judged: Judged, body: bytes, number: str, prepare: Callable[[web.Request], None]) -> None:
+        """What began without a task came to nothing: what remains to be done is an ordinary request's, of the same number."""
+        self._errand = None
+        place = self._all.places[judged.path.encode()]
+        fields: Fields = (*judged.fields, (b"Content-Length", b"%d" % len(body)))
+        request = self._request(place, fields, body, keep_alive=judged.keep_alive)
+        call_it(request, number)
+        prepare(request)
+        self.task = self._loop.create_task(self._handle(place, request))
+
+    def ended(self, *, keep: bool) -> None:
+        """What was under way is over. `keep`: another request may follow on the connection."""
+        self.task = self._errand = None
+        if self._ending is not None and not self._ending.done():
+            self._ending.set_result(None)
+        self._ending = None
         transport, known = self.transport, self._known
         if transport is None or known is None:
             return
@@ -308,7 +377,7 @@ class Front(BaseProtocol):
             early, self._early, self._early_size = b"".join(self._early), [], 0
             if len(early) > MAX_EARLY:
                 transport.resume_reading()
-            self._read(early)
+            self.data_received(early)
 
     # --- what the parser finds ---
 

@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from offloadd.errors import RequestError
 from offloadd.events import About, EventKind, event_of
@@ -39,8 +40,7 @@ class Entry:
     about: About
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
+class _Ended(NamedTuple):
     """A request that is over. What there is to say of it is put into words when somebody asks, which nobody does for most."""
 
     number: int
@@ -82,7 +82,7 @@ class _Ring:
     """The latest entries of each of the latest names."""
 
     def __init__(self) -> None:
-        self._by_name: OrderedDict[str, deque[Entry | _Ended]] = OrderedDict()
+        self._by_name: OrderedDict[str, list[Entry | _Ended]] = OrderedDict()
 
     def add(self, name: str, entry: Entry | _Ended) -> None:
         if not name:
@@ -90,14 +90,16 @@ class _Ring:
         known = self._by_name.get(name)
         if known is not None:
             known.append(entry)
+            if len(known) >= 2 * KEPT_EACH:
+                del known[:-KEPT_EACH]
             self._by_name.move_to_end(name)
             return
-        self._by_name[name] = deque((entry,), maxlen=KEPT_EACH)
+        self._by_name[name] = [entry]
         if len(self._by_name) > NAMES:
             self._by_name.popitem(last=False)
 
     def of(self, name: str) -> list[Entry]:
-        return [each if isinstance(each, Entry) else each.told() for each in self._by_name.get(name, ())]
+        return [each if isinstance(each, Entry) else each.told() for each in self._by_name.get(name, ())[-KEPT_EACH:]]
 
 
 class Recent(logging.Handler):

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from offloadd.state.served import Fate, Served
 
-_HOPS = {Fate.CANCELLED: "client", Fate.REFUSED: "offloadd", Fate.FAILED: "backend"}
+_HOPS = {Fate.CANCELLED.value: "client", Fate.REFUSED.value: "offloadd", Fate.FAILED.value: "backend"}
 """Where a request that was not answered ended."""
 _WAITS = (0.005, 0.05, 0.25, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _FIRST = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -64,7 +64,7 @@ class RequestMeters(Collector):
 
     def __init__(self, known: Callable[[str], str]) -> None:
         self._known = known
-        self._ends: dict[tuple[str, str, Fate, int], int] = {}
+        self._ends: dict[tuple[str, str, str, int], int] = {}
         self._hedges: dict[tuple[str, str], int] = {}
         self._models: dict[str, _Model] = {}
         self._engines: dict[tuple[str, str], _Engine] = {}
@@ -72,7 +72,7 @@ class RequestMeters(Collector):
     def served(self, served: Served) -> None:
         """One inference request is over."""
         name, backend = self._known(served.model or ""), self._known(served.backend or "")
-        end = (name, served.path, served.fate, served.status)
+        end = (name, served.path, served.fate.value, served.status)  # whose hash costs no call
         self._ends[end] = self._ends.get(end, 0) + 1
         if served.hedged:
             self._hedges[name, served.hedged] = self._hedges.get((name, served.hedged), 0) + 1
@@ -110,7 +110,7 @@ class RequestMeters(Collector):
         requests = CounterMetricFamily("offloadd_requests", text, labels=("model", "path", "fate", "code"))
         missed: dict[tuple[str, str], int] = {}
         for (name, path, fate, status), count in self._ends.items():
-            requests.add_metric((name, path, fate.value, str(status)), count)
+            requests.add_metric((name, path, fate, str(status)), count)
             if hop := _HOPS.get(fate):
                 missed[hop, str(status)] = missed.get((hop, str(status)), 0) + count
         yield requests

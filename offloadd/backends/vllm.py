@@ -163,7 +163,7 @@ class Vllm(HubEngine):
         """It insists on the model's name; which paths it has depends on whether it makes text or vectors."""
         pooling = options_of(spec).runner == "pooling"
         closed = _DEVELOPMENT if options_of(spec).sleep else frozenset[str]()
-        return EngineApi(paths=_POOLING if pooling else _TEXT, hints=_HINTS, model=spec.name, closed=closed)
+        return EngineApi(paths=_POOLING if pooling else _TEXT, hints=_HINTS, model=spec.name, closed=closed, lasting=True)
 
     def load_probe(self, spec: ModelSpec) -> Probe | None:
         """Its metrics: `/load` is always 0 unless a flag switches it on."""

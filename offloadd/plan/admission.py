@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from offloadd.plan.balance import Seat, beyond, pick
 from offloadd.state.actions import Decision, ModelState
@@ -52,10 +53,7 @@ def admit(
     """Decide about the request next in line; `waiting` counts those before it in the queue, `known` has its conversation cached."""
     best = None if waiting else pick(seats, now=now, known=known)
     if best is not None:
-        familiar = " and knows the conversation" if best.instance == known else ""
-        others = beyond(best, now=now)
-        more = f", {counted(others, 'request', 'requests')} of others beside" if others else ""
-        why = f"{best.instance} is ready with {best.leases} of {best.slots} slots busy{more}{familiar}"
+        why = _why(best.instance, best.leases, best.slots, beyond(best, now=now), best.instance == known)
         return Granted(instance=best.instance, why=why)
     refusal = None if seats else hopeless(spec, decision, now=now)
     if refusal:
@@ -64,6 +62,13 @@ def admit(
         message = f"{spec.name} has {waiting} requests waiting, which is its limit (queue.max_waiting)"
         return Refused(status=429, code="queue_full", message=message, retry_after=retry_after(None if seats else decision))
     return Queued()
+
+
+@lru_cache(maxsize=1024)  # there are few such sentences, and many requests
+def _why(instance: InstanceId, leases: int, slots: int, others: int, familiar: bool) -> str:
+    more = f", {counted(others, 'request', 'requests')} of others beside" if others else ""
+    known = " and knows the conversation" if familiar else ""
+    return f"{instance} is ready with {leases} of {slots} slots busy{more}{known}"
 
 
 def retry_after(decision: Decision | None) -> Seconds:

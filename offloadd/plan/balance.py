@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from offloadd.state.ids import BackendName, InstanceId
 from offloadd.state.observed import Signal
@@ -39,8 +40,7 @@ class Standing:
 WELL = Standing()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class Seat(NamedTuple):  # every request makes some, and a tuple is made at once
     """A ready instance with the requests that it holds and the number that it works on at once."""
 
     instance: InstanceId
@@ -54,6 +54,8 @@ class Seat:
 
 def pick(seats: Sequence[Seat], *, now: Instant, known: InstanceId | None = None) -> Seat | None:
     """The seat for the next request; None when all are taken. `known` has the conversation in its cache."""
+    if len(seats) == 1 and seats[0].standing is WELL:  # as for most models nearly always
+        return seats[0] if seats[0].leases < seats[0].slots else None
     free = [seat for seat in seats if seat.leases < slots_open(seat, now=now)]
     # When nobody is well, the ailing are better than none.
     free = free or [seat for seat in seats if seat.leases < seat.slots and _nobody_well(seats, now=now)]

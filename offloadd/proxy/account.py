@@ -103,6 +103,10 @@ class Accounts:
             found = request[ACCOUNT] = Account(pattern, self._dialects.get(pattern, ""), self._clock)
             return found
 
+    def begin(self, path: str) -> Account:
+        """The account of a request that has no `web.Request`."""
+        return Account(path, self._dialects.get(path, ""), self._clock)
+
     def close(self, request: web.Request, request_id: str, status: int | None, error: OffloaddError | None = None) -> None:
         """The request is over, with this status; None when its client left. Requests to the control plane have no account."""
         try:
@@ -113,11 +117,15 @@ class Accounts:
             account = self.open(request)
         if error is not None:
             account.reason = error.message
-        served = self._sum_up(account, request_id, status)
+        self.settle(account, request_id, status, self._who())
+
+    def settle(self, account: Account, request_id: str, status: int | None, key: str) -> None:
+        """The same of an account; `key` is the name of the API key that the request came with."""
+        served = self._sum_up(account, request_id, status, key)
         _log(served)
         self._done(served)
 
-    def _sum_up(self, account: Account, request_id: str, status: int | None) -> Served:
+    def _sum_up(self, account: Account, request_id: str, status: int | None, key: str) -> Served:
         now, tap, lease = self._clock.now(), account.tap, account.lease
         tokens = tap.tokens() if tap.size else Tokens()
         begun = tap.began
@@ -140,7 +148,7 @@ class Accounts:
             model=account.model,
             backend=None if lease is None else lease.host.backend,
             instance=None if lease is None else lease.host.instance,
-            key=self._who(),
+            key=key,
             streamed=account.streamed,
             chunks=tap.events if account.streamed else 0,
             bytes_in=account.size_in,

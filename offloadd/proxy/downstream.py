@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion, web
 
 from offloadd.errors import RequestError
 from offloadd.proxy import headers
@@ -28,6 +28,7 @@ EVENTS = b"text/event-stream"
 ANTHROPIC = "/v1/messages"
 """Whose clients know an event by its name."""
 _JSON_TYPE = (b"Content-Type", b"application/json")
+JSON_LINE = b"Content-Type: application/json\r\n"
 
 
 class Source(Protocol):
@@ -43,6 +44,45 @@ class Source(Protocol):
 
     def abort(self) -> None:
         """Nobody wants it any more."""
+        ...
+
+
+class Asked(Protocol):
+    """What an answer has to know of its request; aiohttp's own will do."""
+
+    @property
+    def method(self) -> str:
+        """`POST`, for one."""
+        ...
+
+    @property
+    def path(self) -> str:
+        """Without its query."""
+        ...
+
+    @property
+    def version(self) -> HttpVersion:
+        """Of HTTP."""
+        ...
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the client wants the connection to be kept."""
+        ...
+
+    @property
+    def raw_headers(self) -> Fields:
+        """As they came."""
+        ...
+
+    @property
+    def transport(self) -> asyncio.Transport | None:
+        """None when the client has left."""
+        ...
+
+    @property
+    def protocol(self) -> Any:
+        """Whose connection it is."""
         ...
 
 
@@ -66,10 +106,8 @@ class Whole(Sent):
     def __init__(self, request: web.Request, status: int, fields: Fields, own: bytes, body: bytes) -> None:
         super().__init__(status, keep_alive=request.keep_alive)
         self._request = request
-        self._head = b"%bContent-Length: %d\r\n%b" % (
-            headers.response_head(status, fields, own),
-            len(body),
-            _connection_line(request, keep_alive=request.keep_alive),
+        self._head = whole_head(
+            status, headers.to_client(fields), own, len(body), connection_line(request, keep_alive=request.keep_alive)
         )
         self._whole_body = body
 
@@ -89,7 +127,7 @@ class Stream(asyncio.Protocol):
     Once it has begun, a failure is told in the stream itself.
     """
 
-    def __init__(self, request: web.Request, own: Callable[[], bytes], change: Change | None = None) -> None:
+    def __init__(self, request: Asked, own: Callable[[], bytes], change: Change | None = None) -> None:
         self._request = request
         self._own = own
         self._change = change
@@ -133,7 +171,7 @@ class Stream(asyncio.Protocol):
         framing = (
             b"Transfer-Encoding: chunked\r\n" if self._chunked else b"" if length is None else b"Content-Length: %d\r\n" % length
         )
-        end = _connection_line(self._request, keep_alive=self._keep_alive)
+        end = connection_line(self._request, keep_alive=self._keep_alive)
         self._take()
         self._write(headers.response_head(status, fields, self._own()) + framing + end)
 
@@ -160,7 +198,7 @@ class Stream(asyncio.Protocol):
             if last:
                 self._put(last)
         if self._chunked:
-            wanted = trailer and "trailers" in self._request.headers.get("TE", "").lower()
+            wanted = trailer and b"trailers" in headers.field(self._request.raw_headers, b"te").lower()
             self._write(b"0\r\n%b\r\n" % (headers.trailer_lines(trailer) if wanted else b""))
 
     def fail(self, error: RequestError) -> None:
@@ -200,6 +238,21 @@ class Stream(asyncio.Protocol):
             into(early)
         if self._paused:
             source.pause()
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether another request may follow on the connection."""
+        return self._keep_alive
+
+    @property
+    def drained(self) -> bool:
+        """Whether the client has taken the most of what was written, so that nothing has to be waited for."""
+        return not self._paused
+
+    def let_go(self) -> None:
+        """Give the connection back, all being `drained`."""
+        self._source = None
+        self._give_back()
 
     def release(self) -> Sent:
         """What the handler returns: the connection goes back to aiohttp once the client has taken the most of what was written."""
@@ -336,7 +389,13 @@ def json_answer(request: web.Request, own: bytes, body: bytes, status: int = 200
     return Whole(request, status, (_JSON_TYPE,), own, body)
 
 
-def _connection_line(request: web.Request, *, keep_alive: bool) -> bytes:
+def whole_head(status: int, lines: bytes, own: bytes, size: int, end: bytes) -> bytes:
+    """The head of an answer with a body of this size; `lines` are the engine's fields, `end` is what `connection_line` gives."""
+    return b"%bContent-Length: %d\r\n%b" % (headers.response_start(status, lines, own), size, end)
+
+
+def connection_line(request: Asked, *, keep_alive: bool) -> bytes:
+    """How a head ends: with what becomes of the connection, where that is not what its version means anyway."""
     if not keep_alive:
         return b"Connection: close\r\n\r\n"
     return b"\r\n" if request.version >= (1, 1) else b"Connection: keep-alive\r\n\r\n"

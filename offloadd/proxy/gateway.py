@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from offloadd.errors import RequestError
-from offloadd.proxy import bodies, headers, relay, routing, speech
+from offloadd.proxy import bodies, exchange, headers, relay, routing, speech
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.again import check_other
 from offloadd.proxy.bodies import Body
@@ -20,7 +20,7 @@ from offloadd.proxy.dialects.base import Change, Translation
 from offloadd.proxy.downstream import Stream, Whole, json_answer
 from offloadd.proxy.leases import Lease, LeaseBook
 from offloadd.proxy.media import check_media, may_point
-from offloadd.proxy.upstream import Pool
+from offloadd.proxy.pool import Pool
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import BackendName, ModelName
 from offloadd.units import Seconds
@@ -30,6 +30,8 @@ SMALL = 64 * 1024
 FORWARDED = (openai.CHAT, openai.COMPLETIONS, *openai.OTHERS)
 """POST paths that go to the model named in the body, as they are."""
 
+FAILED: web.RequestKey[Exception] = web.RequestKey("failed", Exception)
+"""How a first try has ended that was made before there was a `web.Request`."""
 EARLY: web.RequestKey[Stream] = web.RequestKey("early", Stream)
 """The answer to a request that has begun while it waits for an instance."""
 _NONE: Mapping[str, str] = {}
@@ -81,12 +83,17 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._lingering, return_exceptions=True)
 
-    def find(self, name: str | None) -> ModelSpec:
-        """The model that a name or alias means now, if the caller may use it."""
+    @property
+    def names(self) -> routing.Names:
+        """What names and aliases mean under the present config."""
         desired = self._desired()
         if self._names is None or self._names[0] is not desired:
             self._names = (desired, routing.Names.of(desired))
-        spec = self._names[1].find(name)
+        return self._names[1]
+
+    def find(self, name: str | None) -> ModelSpec:
+        """The model that a name or alias means now, if the caller may use it."""
+        spec = self.names.find(name)
         if not self._may_use(spec):
             raise RequestError(403, "model_not_allowed", f"this key may not use {spec.name}", param="model")
         return spec
@@ -98,6 +105,8 @@ class Gateway:
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/…`: the body goes on as it is, save for the model's `request` rules."""
+        if (failed := request.pop(FAILED, None)) is not None:
+            raise failed
         posted = Body.read(await request.read(), request.headers.get("Content-Type", ""))
         head = posted.head
         spec = self.find(head.model)
@@ -187,7 +196,7 @@ class Gateway:
             call = self._call(request, held, target, None)
             return await self._stream(request, held, await self._with_body(request, call))
 
-    async def _with_body(self, request: web.Request, call: relay.Call) -> relay.Call:
+    async def _with_body(self, request: web.Request, call: exchange.Call) -> exchange.Call:
         """The call with the body that comes with the request: a small one read first, a large one passed on as it comes."""
         upgrade = request.headers.get("Upgrade", "") if "upgrade" in request.headers.get("Connection", "").lower() else ""
         call = replace(call, by_path=True, upgrade=upgrade.encode("latin-1", "replace"))
@@ -206,7 +215,7 @@ class Gateway:
         self,
         request: web.Request,
         lease: Lease,
-        call: relay.Call,
+        call: exchange.Call,
         change: Change | None = None,
         more: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
@@ -228,7 +237,7 @@ class Gateway:
             raise
         return stream.release()
 
-    async def _answer(self, request: web.Request, lease: Lease, call: relay.Call, head: routing.Head) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, lease: Lease, call: exchange.Call, head: routing.Head) -> web.StreamResponse:
         """The engine's own answer, as a stream or whole, put right where the engine needs it."""
         model = lease.host.instance.model
         api = lease.host.api
@@ -259,7 +268,7 @@ class Gateway:
         await collecting.run()
         return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.answer))
 
-    async def _read(self, lease: Lease, call: relay.Call) -> relay.Answer:
+    async def _read(self, lease: Lease, call: exchange.Call) -> relay.Answer:
         reading = relay.Reading(self._pool, self._book, lease, call)
         if lease.host.cancels_only_streams:
             await self._to_the_end(lease, reading)
@@ -289,7 +298,7 @@ class Gateway:
         self._lingering.add(lingering)
         lingering.add_done_callback(self._lingering.discard)
 
-    def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None, *, as_json: bool = False) -> relay.Call:
+    def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None, *, as_json: bool = False) -> exchange.Call:
         """The call that a request becomes. `as_json`: its body is ours, and JSON, whatever the client said of its own."""
         account = self._accounts.open(request)
         check_other(account, lease.host.backend)
@@ -299,7 +308,7 @@ class Gateway:
             self._book.suspects.check(lease.host.instance.model, body)
         account.grant(lease, len(body or b""))
         own = headers.lines((("X-Request-Id", self._request_id(request)),))
-        return relay.Call(
+        return exchange.Call(
             method=request.method, path=path, fields=request.raw_headers, own=own, account=account, body=body, as_json=as_json
         )
 
@@ -325,7 +334,7 @@ class Gateway:
 
     def _named(self, request: web.Request, lease: Lease, more: Mapping[str, str] = _NONE) -> bytes:
         """Header lines of ours: whose answer it is, and to what."""
-        origin = relay.origin(lease)
+        origin = exchange.origin(lease)
         if (lost := self._accounts.open(request).lost) is not None:
             origin["X-Offloadd-Reason"] += f"; before, {lost.message}"
         return headers.lines((*self._bears(request).items(), *origin.items(), *more.items()))

@@ -67,21 +67,34 @@ def request_head(method: str, target: str, authority: str, fields: Fields, own: 
 
     `as_json`: the body is JSON, whatever `fields` say of its type.
     """
-    kept = _kept(fields, _NOT_WITH_JSON) + _JSON if as_json else _kept(fields, _NOT_TO_BACKENDS)
+    return request_start(method, target, authority) + onward(fields, as_json=as_json) + own
+
+
+def request_start(method: str, target: str, authority: str) -> bytes:
+    """How such a head begins."""
     # What comes is read and put together here, and a token is too short to compress.
-    return b"%b %b HTTP/1.1\r\nHost: %b\r\nAccept-Encoding: identity\r\n%b%b" % (
-        method.encode("ascii"),
-        target.encode("ascii"),
-        authority.encode("ascii"),
-        kept,
-        own,
-    )
+    start = b"%b %b HTTP/1.1\r\nHost: %b\r\nAccept-Encoding: identity\r\n"
+    return start % (method.encode("ascii"), target.encode("ascii"), authority.encode("ascii"))
+
+
+def onward(fields: Fields, *, as_json: bool) -> bytes:
+    """The client's header fields that a backend gets, as lines."""
+    return _kept(fields, _NOT_WITH_JSON) + _JSON if as_json else _kept(fields, _NOT_TO_BACKENDS)
 
 
 def response_head(status: int, fields: Fields, own: bytes) -> bytes:
     """The head of an answer to a client, without its framing and its last empty line."""
-    line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-    return b"%b%bDate: %b\r\n%b" % (line, _kept(fields, _NOT_TO_CLIENTS), _date(), own)
+    return response_start(status, to_client(fields), own)
+
+
+def response_start(status: int, lines: bytes, own: bytes) -> bytes:
+    """The same of fields that are lines already."""
+    return b"%b%bDate: %b\r\n%b" % (_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, lines, _date(), own)
+
+
+def to_client(fields: Fields) -> bytes:
+    """An answer's header fields that a client gets, as lines."""
+    return _kept(fields, _NOT_TO_CLIENTS)
 
 
 def trailer_lines(fields: Fields) -> bytes:

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from offloadd.proxy.account import Account
+from offloadd.proxy.answer_heads import Head
 from offloadd.proxy.headers import Fields
 from offloadd.proxy.leases import Lease, LeaseBook
-from offloadd.proxy.upstream import Connection, Head, Pool, Taker
+from offloadd.proxy.pool import Pool
+from offloadd.proxy.upstream import Connection, Taker
 from offloadd.state.launch import Endpoint
 from offloadd.units import Seconds, format_seconds
 
@@ -133,6 +135,12 @@ class Hedge(Taker):
             self._book.release(spare)
 
     # --- what its connection tells ---
+
+    takes_whole = False
+
+    def whole(self, head: Head, body: bytes) -> None:
+        """It comes in pieces."""
+        raise NotImplementedError
 
     def begin(self, head: Head) -> None:
         """It is the first to begin, unless it refuses: the other may do better."""

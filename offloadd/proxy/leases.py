@@ -42,6 +42,8 @@ class Host:
     """Whether it works on for a client that has left, unless it answers with a stream."""
     api: EngineApi = field(default_factory=EngineApi)
     """What it speaks."""
+    starts: dict[str, bytes] = field(default_factory=dict, compare=False)
+    """How the head of a request to it begins, by path; filled by whoever writes them."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -148,6 +150,22 @@ class LeaseBook:
             raise RequestError(503, "too_many_waiting", message, retry_after=Seconds(5))
         granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         return await self._wait(line, _Waiter(now, granted, conversation), while_waiting)
+
+    def grant(self, spec: ModelSpec, conversation: int | None = None) -> Lease | None:
+        """A lease at once, as `acquire` would give it; None where the request would have to wait or be refused."""
+        if self._closed:
+            return None
+        now = self._clock.now()
+        self._last_used[spec.name] = now
+        line = self._line(spec, None, now)
+        try:
+            return self._try(line, len(line.waiters), since=now, now=now, conversation=conversation)
+        except RequestError:
+            return None  # whoever asks again is told why
+
+    def hosts(self, model: ModelName) -> Sequence[Host]:
+        """The model's ready instances: the same object as long as they are the same."""
+        return self._hosts(model)
 
     def borrow(self, spec: ModelSpec) -> Lease | None:
         """A lease at once and beside the slots, for what costs the instance nothing; None when none is ready.
@@ -324,7 +342,8 @@ class LeaseBook:
         if line.backend is not None:
             hosts = [host for host in hosts if host.backend == line.backend]
         known = self.memory.place(conversation) if len(hosts) > 1 else None
-        answer = admit(spec, self._decision(spec.name), [self._seat(host) for host in hosts], waiting, now=now, known=known)
+        seats = [self._seat(hosts[0])] if len(hosts) == 1 else [self._seat(host) for host in hosts]
+        answer = admit(spec, self._decision(spec.name), seats, waiting, now=now, known=known)
         match answer:
             case Granted():
                 host = hosts[0] if len(hosts) == 1 else next(h for h in hosts if h.instance == answer.instance)

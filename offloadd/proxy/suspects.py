@@ -22,20 +22,26 @@ class Suspects:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._latest: Instant | None = None
         self._deaths: OrderedDict[bytes, deque[Instant]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        """Whether any died lately."""
+        return self._latest is not None and self._clock.now() < self._latest + WINDOW
 
     def died(self, model: ModelName, body: bytes) -> None:
         """An instance of the model died while this request was on it."""
         digest = _digest(model, body)
         deaths = self._deaths.setdefault(digest, deque(maxlen=STRIKES))
-        deaths.append(self._clock.now())
+        self._latest = self._clock.now()
+        deaths.append(self._latest)
         self._deaths.move_to_end(digest)
         if len(self._deaths) > MOST:
             self._deaths.popitem(last=False)
 
     def check(self, model: ModelName, body: bytes) -> None:
         """RequestError 429 for a request that has seen too many of them die."""
-        if not self._deaths:
+        if not self:
             return  # as it nearly always is: then no body is digested
         deaths = self._deaths.get(_digest(model, body))
         if deaths is None or len(deaths) < STRIKES:

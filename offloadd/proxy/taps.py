@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
 
 from offloadd.clock import Clock
 from offloadd.units import Instant
@@ -24,8 +25,7 @@ _CHUNK_LINE = re.compile(rb"\r\n[0-9a-fA-F]{1,7}\r\n")
 _DECODER = json.JSONDecoder()
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """An engine's own count. None where it does not say."""
 
     prompt: int | None = None
@@ -35,15 +35,28 @@ class Tokens:
     """Of generation."""
 
 
+_UNKNOWN = Tokens()
+
+
+class _Whole(msgspec.Struct):
+    """The members of a whole answer that are looked at."""
+
+    usage: dict[str, Any] | None = None
+    timings: dict[str, Any] | None = None
+
+
+_WHOLE = msgspec.json.Decoder(_Whole)
+
+
 class Tap:
     """Sees every piece of one answer's body, as the engine sent it."""
 
-    __slots__ = ("_clock", "_head", "_tail", "began", "events", "size")
+    __slots__ = ("_clock", "_head", "_tail", "_write", "began", "events", "size")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._head = b""
-        self._tail: deque[bytes] = deque(maxlen=_PIECES)
+        self._tail: deque[bytes] | None = None
         self.began: Instant | None = None
         """When its first byte came."""
         self.events = 0
@@ -51,18 +64,51 @@ class Tap:
 
     def feed(self, piece: bytes) -> None:
         """One more piece."""
-        if self.began is None:
+        tail = self._tail
+        if tail is None:
+            tail = self._tail = deque(maxlen=_PIECES)
             self.began = self._clock.now()
             self._head = piece[:_KEPT]
         self.size += len(piece)
         # A line break within JSON is escaped, so two of them in a row end an event.
         self.events += piece.count(b"\n\n")
-        self._tail.append(piece if len(piece) <= _KEPT else piece[-_KEPT:])
+        tail.append(piece if len(piece) <= _KEPT else piece[-_KEPT:])
+
+    def into(self, write: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        """What sees a piece and hands it to `write`: one call for both, since a token costs little else."""
+        self._write = write
+        return self._pass
+
+    def _pass(self, piece: bytes) -> None:
+        tail = self._tail
+        if tail is None:
+            self.feed(piece)
+        else:
+            self.size += len(piece)
+            self.events += piece.count(b"\n\n")
+            tail.append(piece if len(piece) <= _KEPT else piece[-_KEPT:])
+        self._write(piece)
+
+    def whole(self, body: bytes) -> None:
+        """All of it at once."""
+        if len(body) > _KEPT:
+            self.feed(body)
+            return
+        self.began = self._clock.now()
+        self._head, self.size = body, len(body)
 
     def tokens(self) -> Tokens:
         """What the first and last bytes say."""
-        seen = [self._head, b"".join(self._tail)]
-        if self.size <= _KEPT and len(self._tail) < _PIECES:
+        if self.size == len(self._head):  # all of it is there
+            try:
+                said = _WHOLE.decode(self._head)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                pass  # it is found another way, as far as it is sound
+            else:
+                return _tokens(said.usage or {}, said.timings or {})
+        tail = self._tail or ()
+        seen = [self._head, b"".join(tail)]
+        if self.size <= _KEPT and 0 < len(tail) < _PIECES:
             del seen[0]  # all of it is in the other
         usage: dict[str, Any] = {}
         timings: dict[str, Any] = {}
@@ -71,15 +117,17 @@ class Tap:
                 if name in data:
                     text = _CHUNK_LINE.sub(b"", data) if b"\r\n" in data else data
                     found.update(_members(text.decode(errors="replace"), name.decode()))
-        return _tokens(usage, timings) if usage or timings else Tokens()
+        return _tokens(usage, timings)
 
 
 def _tokens(usage: Mapping[str, Any], timings: Mapping[str, Any]) -> Tokens:
     """OpenAI's and Anthropic's names, and llama-server's own."""
+    if not usage and not timings:
+        return _UNKNOWN
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
     cached = _count(details, "cached_tokens") if isinstance(details, dict) else None
     prompt, completion = _count(usage, "prompt_tokens", "input_tokens"), _count(usage, "completion_tokens", "output_tokens")
-    if cached is None and usage:
+    if cached is None and "cache_read_input_tokens" in usage:
         cached = _count(usage, "cache_read_input_tokens")
     if not timings:
         return Tokens(prompt, cached, completion)

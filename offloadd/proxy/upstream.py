@@ -1,4 +1,4 @@
-"""Connections to instances: kept alive where that is safe, their answers parsed and handed on as they come.
+"""Connections to instances, their answers parsed and handed on as they come.
 
 No coroutine wakes for a piece of an answer: the socket's callback parses it and calls whoever takes the answer.
 """
@@ -6,52 +6,34 @@ No coroutine wakes for a piece of an answer: the socket's callback parses it and
 from __future__ import annotations
 
 import asyncio
-import functools
-import re
-import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, cast
 
 import httptools
 
+from offloadd.proxy.answer_heads import AnswerHeads, Head
+from offloadd.proxy.framing import CHUNK_STARTS, COMMON, are_whole_chunks, framing
 from offloadd.proxy.headers import BrokenAnswerError, Fields
-from offloadd.state.launch import Endpoint
 
-CONNECT_TIMEOUT = 5.0
-IDLE_LIMIT = 4.0
-"""llama-server and uvicorn close a connection that has been idle for 5 s, and say nothing."""
-USES = 100
-"""llama-server closes a connection after so many requests."""
-MAX_IDLE = 256
-"""Connections kept for one instance."""
 MAX_HEAD = 64 * 1024
 """An answer's head, or its trailer, or any framing between two pieces of its body, is not longer."""
 MAX_FIELDS = 256
 LEAVING = 60.0
 """So long a backend is given to notice that its client has left, where it cannot be interrupted at once."""
-SIGN_EVERY = 1.0
-"""How often instances that have sent bytes are said to be alive."""
-_LONGEST_SIZE = 7
-"""Digits of a chunk's size in its plainest form."""
-_CHUNK = re.compile(rb"([0-9a-fA-F]{1,%d})\r\n" % _LONGEST_SIZE)
 
 
 class StaleError(ConnectionError):
     """A connection that had been kept was closed before a byte of the answer came: the request may be sent again on a new one."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Head:
-    """The head of an answer. `length` is None when its end is told otherwise."""
-
-    status: int
-    fields: Fields
-    length: int | None
-
-
 class Taker(Protocol):
-    """Who takes one answer. `finish` or `lost` comes last, and once."""
+    """Who takes one answer. `finish` or `lost` comes last, and once; or `whole` alone, for whoever `takes_whole`."""
+
+    takes_whole: bool
+
+    def whole(self, head: Head, body: bytes) -> None:
+        """All of an answer that is no refusal and came in one piece."""
+        ...
 
     def begin(self, head: Head) -> None:
         """Its head is here."""
@@ -82,6 +64,20 @@ class Taker(Protocol):
         ...
 
 
+class Owner(Protocol):
+    """Who keeps connections."""
+
+    heads: AnswerHeads
+
+    def give_back(self, connection: Connection, *, keep: bool) -> None:
+        """Its answer is whole."""
+        ...
+
+    def discard(self, connection: Connection) -> None:
+        """It is closed."""
+        ...
+
+
 class Connection(asyncio.Protocol):
     """One connection to an instance, with one request on it at a time."""
 
@@ -95,10 +91,10 @@ class Connection(asyncio.Protocol):
         "_head",
         "_interim",
         "_keep",
+        "_lasting",
         "_parser",
         "_pieces",
         "_pool",
-        "_seen",
         "_silent",
         "_taker",
         "_through",
@@ -115,7 +111,7 @@ class Connection(asyncio.Protocol):
         "uses",
     )
 
-    def __init__(self, pool: Pool, key: str) -> None:
+    def __init__(self, pool: Owner, key: str) -> None:
         self.key = key
         self.uses = 0
         self.since = 0.0
@@ -131,6 +127,7 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._gone: asyncio.Future[None] | None = None
         self._pieces: list[bytes] = []
+        self._lasting = False
         self._reset(bodiless=False)
 
     def _reset(self, *, bodiless: bool) -> None:
@@ -142,7 +139,6 @@ class Connection(asyncio.Protocol):
         self._silent = 0
         self._between = False
         self._through: Callable[[bytes], None] | None = None
-        self._seen: Callable[[bytes], None] | None = None
 
     # --- what the owner does ---
 
@@ -151,12 +147,13 @@ class Connection(asyncio.Protocol):
         """Whether nothing can be sent on it any more."""
         return self._transport is None or self._transport.is_closing()
 
-    def send(self, taker: Taker, head: bytes, body: bytes | None, *, bodiless: bool) -> None:
-        """Send one request. `bodiless`: its answer has no body, whatever its head says."""
+    def send(self, taker: Taker, head: bytes, body: bytes | None, *, bodiless: bool, lasting: bool = False) -> None:
+        """Send one request. `bodiless`: its answer has no body, whatever its head says. `lasting`: kept after a stream too."""
         assert self._transport is not None  # noqa: S101  (asked of open connections only)
         self._taker = taker
         self.uses += 1
         self._reset(bodiless=bodiless)
+        self._lasting = lasting
         if body and len(body) > MAX_HEAD:
             self._transport.writelines((head, body))
         else:
@@ -186,12 +183,9 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def pass_through(self, seen: Callable[[bytes], None], write: Callable[[bytes], None]) -> None:
-        """From now on whole chunks are not taken apart, but given to `seen` and to `write` as they came.
-
-        The last chunk is still the taker's.
-        """
-        self._seen, self._through = seen, write
+    def pass_through(self, through: Callable[[bytes], None]) -> None:
+        """From now on whole chunks are not taken apart, but given to `through` as they came. The last one is still the taker's."""
+        self._through = through
 
     def sign(self) -> None:
         """Tell the taker, if bytes came since the last time."""
@@ -213,7 +207,7 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing() or not transport.can_write_eof():
             self.abort()
             return None
-        self._taker = self._through = self._seen = None  # whatever still comes closes it at once
+        self._taker = self._through = None  # whatever still comes closes it at once
         loop = asyncio.get_running_loop()
         self._gone = loop.create_future()
         timer = loop.call_later(LEAVING, self.abort)
@@ -223,7 +217,7 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close it, whatever is under way: the backend sees its client leave."""
-        self._taker = self._through = self._seen = None
+        self._taker = self._through = None
         if self._transport is not None:
             self._transport.abort()
 
@@ -236,21 +230,26 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of an answer; on an idle connection nobody has asked for any."""
         self.fresh = True
-        seen, write = self._seen, self._through
-        if self._between and write is not None and seen is not None:
+        through = self._through
+        if through is not None and self._between:
+            size = len(data)
             # Nearly always one whole chunk, which is all that a token costs: so that is looked at here, without another call.
-            end = data.find(b"\r\n", 1, _LONGEST_SIZE + 2)
-            one = end > 0 and _chunk_size(data[:end]) == len(data) - end - 4 and data.endswith(b"\r\n")
-            if one or _are_whole_chunks(data):
+            one = size < COMMON and data.startswith(CHUNK_STARTS[size]) and data.endswith(b"\r\n")
+            if one or are_whole_chunks(data):
                 # Where the parser stands, between two chunks, it stands behind them as well: so it need not see them.
-                seen(data)
-                write(data)
+                through(data)
                 return
         taker, parser = self._taker, self._parser
         if taker is None or parser is None:
             self.abort()
             return
+        first = not self.heard and taker.takes_whole
         self.heard = True
+        if first and (known := self._pool.heads.split(data)) is not None:
+            self._taker = None
+            self._pool.give_back(self, keep=not self._writing_paused)
+            taker.whole(*known)
+            return
         if self._tunnel:
             taker.feed(data)
             return
@@ -265,7 +264,10 @@ class Connection(asyncio.Protocol):
             problem = str(error.__context__ or error) or type(error).__name__
             self._keep = False
         self._between = self._between and data.endswith(b"\r\n")
+        head = self._head if first and self._ended and self._keep and not problem else None
         self._hand_on(taker, rest)
+        if head is not None:
+            self._pool.heads.learn(data, head)
         if problem and self._taker is taker:
             self._fail(BrokenAnswerError(problem))
 
@@ -356,13 +358,13 @@ class Connection(asyncio.Protocol):
         if status < 200 and status != 101:
             self._interim, self._fields = True, []
             return
-        chunked, length = _framing(self._fields)
+        chunked, length = framing(self._fields)
         empty = self._bodiless or status in (204, 304)
         self._head = Head(status=status, fields=self._fields, length=length)
         self._tunnel = status == 101
         self._until_close = not (chunked or empty or self._tunnel or length is not None)
         # After a chunked answer llama-server's connection is at its end, though it does not say so.
-        self._keep = not (chunked or self._until_close or self._tunnel or self._bodiless)
+        self._keep = not ((chunked and not self._lasting) or self._until_close or self._tunnel or self._bodiless)
         self._ended = self._bodiless
         self._between = chunked
 
@@ -387,159 +389,3 @@ class Connection(asyncio.Protocol):
         assert self._parser is not None  # noqa: S101
         self._keep = self._keep and self._parser.should_keep_alive()
         self._ended = not self._tunnel
-
-
-@functools.lru_cache(maxsize=4096)  # chunks of tokens have few sizes
-def _chunk_size(digits: bytes) -> int | None:
-    """The size that a chunk's first line says; None for the last chunk, and for anything but plain digits."""
-    return int(digits, 16) or None if re.fullmatch(rb"[0-9a-fA-F]+", digits) else None
-
-
-def _are_whole_chunks(data: bytes) -> bool:
-    """Whether the bytes are whole chunks in their plainest form, and none of them the last one."""
-    place, end = 0, len(data)
-    while place < end:
-        found = _CHUNK.match(data, place)
-        if found is None:
-            return False
-        size = int(found[1], 16)
-        place = found.end() + size + 2
-        if size == 0 or place > end or data[place - 2 : place] != b"\r\n":
-            return False
-    return True
-
-
-def _framing(fields: Fields) -> tuple[bool, int | None]:
-    """Whether the body is chunked, and its length where one is given. What could be read in two ways is refused."""
-    coded: list[bytes] = []
-    sizes: set[bytes] = set()
-    for name, value in fields:
-        if len(name) == 14 and name.lower() == b"content-length":
-            sizes.add(value.strip())
-        elif len(name) == 17 and name.lower() == b"transfer-encoding":
-            coded.append(value.strip().lower())
-    if coded and (coded != [b"chunked"] or sizes):
-        raise BrokenAnswerError("its transfer encoding is not plainly chunked")
-    size = sizes.pop() if sizes else None
-    if sizes or (size is not None and not size.isdigit()):
-        raise BrokenAnswerError("its length is not one number")
-    return bool(coded), None if size is None else int(size)
-
-
-class Pool:
-    """Kept connections, by instance."""
-
-    def __init__(self) -> None:
-        self._idle: dict[str, list[Connection]] = {}
-        self._open: set[Connection] = set()
-        self._sweep: asyncio.TimerHandle | None = None
-        self._signing: asyncio.TimerHandle | None = None
-
-    def idle(self, endpoint: Endpoint) -> Connection | None:
-        """A kept connection that may still be open, the one used last."""
-        kept = self._idle.get(_key(endpoint))
-        oldest = asyncio.get_running_loop().time() - IDLE_LIMIT
-        while kept:
-            connection = kept.pop()
-            if not connection.closed and connection.since > oldest:
-                return connection
-            connection.abort()
-        return None
-
-    async def connect(self, endpoint: Endpoint) -> Connection:
-        """A new connection; OSError or TimeoutError when there is none to be had."""
-        loop = asyncio.get_running_loop()
-        key = _key(endpoint)
-        connection = Connection(self, key)
-        async with asyncio.timeout(CONNECT_TIMEOUT):
-            if endpoint.host.startswith("/"):
-                await loop.create_unix_connection(lambda: connection, endpoint.host)
-            else:
-                secure = _certified() if endpoint.tls else None
-                await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=secure)
-        self._open.add(connection)
-        if self._signing is None:
-            self._signing = loop.call_later(SIGN_EVERY, self._sign)
-        return connection
-
-    def give_back(self, connection: Connection, *, keep: bool) -> None:
-        """Its answer is whole: keep it for the next request, or close it."""
-        kept = self._idle.setdefault(connection.key, [])
-        if not keep or connection.uses >= USES or connection.closed or len(kept) >= MAX_IDLE:
-            connection.abort()
-            return
-        loop = asyncio.get_running_loop()
-        connection.since = loop.time()
-        kept.append(connection)
-        if self._sweep is None:
-            self._sweep = loop.call_later(IDLE_LIMIT, self._close_old)
-
-    def discard(self, connection: Connection) -> None:
-        """It is closed."""
-        self._open.discard(connection)
-        kept = self._idle.get(connection.key)
-        if kept and connection in kept:
-            kept.remove(connection)
-
-    def forget(self, endpoint: Endpoint) -> None:
-        """Close what is kept for an instance that is to end: some servers wait for their clients to leave."""
-        key = _key(endpoint)
-        leaving = [connection for connection in self._open if connection.leaving and connection.key == key]
-        for connection in [*self._idle.pop(key, []), *leaving]:
-            connection.abort()
-
-    def close(self) -> None:
-        """Close every connection."""
-        for timer in (self._sweep, self._signing):
-            if timer is not None:
-                timer.cancel()
-        self._idle.clear()
-        for connection in list(self._open):
-            connection.abort()
-
-    def _sign(self) -> None:
-        self._signing = None
-        for connection in self._open:
-            connection.sign()
-        if self._open:
-            self._signing = asyncio.get_running_loop().call_later(SIGN_EVERY, self._sign)
-
-    @property
-    def size(self) -> int:
-        """Connections that are open."""
-        return len(self._open)
-
-    @property
-    def busy(self) -> int:
-        """Those of them that a request is on."""
-        return len(self._open) - sum(map(len, self._idle.values()))
-
-    def _close_old(self) -> None:
-        self._sweep = None
-        loop = asyncio.get_running_loop()
-        oldest = loop.time() - IDLE_LIMIT
-        for key, kept in list(self._idle.items()):
-            fresh = [connection for connection in kept if connection.since > oldest]
-            for connection in kept:
-                if connection.since <= oldest:
-                    connection.abort()
-            self._idle[key] = fresh
-            if not fresh:
-                del self._idle[key]
-        if self._idle:
-            self._sweep = loop.call_later(IDLE_LIMIT, self._close_old)
-
-
-def authority(endpoint: Endpoint) -> str:
-    """What the `Host` header calls an instance."""
-    return "localhost" if endpoint.host.startswith("/") else endpoint.authority
-
-
-@functools.cache
-def _certified() -> ssl.SSLContext:
-    """What this machine trusts."""
-    return ssl.create_default_context()
-
-
-def _key(endpoint: Endpoint) -> str:
-    return f"{endpoint.host}:{endpoint.port}"

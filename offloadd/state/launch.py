@@ -162,6 +162,8 @@ class EngineApi:
     """First segments of paths that no client may ask it for, since they are for whoever runs it."""
     exact: bool = True
     """Whether its OpenAI streams may reach clients as they are: names, ids and endings are OpenAI's, for certain."""
+    lasting: bool = False
+    """Whether a connection is good for another request after a stream, for certain."""
     wire: Wire | None = None
     """What it speaks in place of OpenAI's JSON; the paths are then those that requests to it are translated from."""
 

@@ -1,9 +1,9 @@
-"""Both event loops: what holds on asyncio's own holds on uvloop."""
+"""Both event loops, and both ways of a request: what holds on asyncio's own holds on uvloop, of the first of a kind as of all."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
@@ -21,3 +21,13 @@ pytest.register_assert_rewrite("tests.wire.rig")
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Every test runs on each."""
     return LOOPS
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["first", "known"])
+def _known(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs with requests whose heads are seen for the first time, and with such as are known."""
+    from tests.wire.rig import known_heads
+
+    before = known_heads.set(request.param)
+    yield
+    known_heads.reset(before)

@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from offloadd.api.app import Door, answer_headers, build_app, request_id
+from offloadd.api.app import Door, answer_headers, build_app, new_id, request_id
+from offloadd.api.caller import caller
+from offloadd.api.express import Lane
 from offloadd.api.front import Fronts, Runner
 from offloadd.api.limits import KeyMeter
 from offloadd.api.patience import Patience
@@ -20,10 +23,11 @@ from offloadd.clock import SystemClock
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.endpoints.responses import Responses
-from offloadd.proxy.gateway import Gateway
+from offloadd.proxy.express import Express
+from offloadd.proxy.gateway import FORWARDED, Gateway
 from offloadd.proxy.leases import Host, LeaseBook
-from offloadd.proxy.upstream import Pool
-from offloadd.state.access import Access
+from offloadd.proxy.pool import Pool
+from offloadd.state.access import EVERYTHING, Access
 from offloadd.state.desired import DesiredState, ModelSpec
 from offloadd.state.ids import LOCAL, BackendName, InstanceId, ModelName
 from offloadd.state.launch import Endpoint, EngineApi
@@ -34,6 +38,8 @@ CHAT = "/v1/chat/completions"
 NAME = ModelName("a")
 Script = Callable[["Peer"], Awaitable[None]]
 LIMIT_S = 20.0
+known_heads: ContextVar[bool] = ContextVar("known_heads", default=False)
+"""Whether the daemon has seen heads such as a `Client` sends before the first request comes, so that it need not judge them."""
 
 
 @dataclass
@@ -118,6 +124,14 @@ class Engine:
 
 
 @dataclass
+class Rules:
+    """The config in force, as far as the door asks for it."""
+
+    access: Access = field(default_factory=Access)
+    hosts: frozenset[str] = frozenset()
+
+
+@dataclass
 class Rig:
     """The data plane with its engine, and a client's view of it."""
 
@@ -130,6 +144,8 @@ class Rig:
     hosts: list[Host]
     gateway: Gateway
     fronts: Fronts
+    rules: Rules
+    lane: Lane
     clients: list[Client] = field(default_factory=list)
 
     async def connect(self) -> Client:
@@ -245,7 +261,10 @@ async def rigged(
     served: list[Served] = []
     book = LeaseBook(clock=clock, hosts=lambda _: hosts, decision=lambda _: None, wake=lambda: None)
     accounts = Accounts(clock, served.append, lambda: "")
-    door = Door(access=Access, allowed_hosts=frozenset, meter=KeyMeter(clock), patience=Patience(clock, 4096))
+    rules = Rules()
+    door = Door(
+        access=lambda: rules.access, allowed_hosts=lambda: rules.hosts, meter=KeyMeter(clock), patience=Patience(clock, 4096)
+    )
     pool = Pool()
     gateway = Gateway(
         book=book,
@@ -255,11 +274,19 @@ async def rigged(
         request_id=request_id,
         bears=lambda request: answer_headers(request, door),
         accounts=accounts,
-        may_use=lambda _: True,
+        may_use=lambda spec: caller().may_use(spec.name, spec.aliases),
     )
     routes = [*gateway.routes(), *Responses(gateway, accounts, lambda _spec, _engine: EngineApi()).routes()]
     app = build_app(None, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)  # type: ignore[arg-type]
-    runner = Runner(app, door.patience, door.max_body, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
+    express = Express(lambda: gateway.names, book, pool, accounts, new_id)
+    lane = Lane(door.access, door.allowed_hosts, express.take)
+    if known_heads.get():
+        for path in FORWARDED:
+            fields = ((b"Host", b"localhost"), (b"Content-Length", b"1"))
+            head = b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\n\r\n" % path.encode()
+            lane.learn(lane.mark(head + b"x"), path, fields, EVERYTHING, keep_alive=True)
+    options = {"handler_cancellation": True, "access_log": None, "shutdown_timeout": 0.1}
+    runner = Runner(app, door.patience, door.max_body, lane, **options)
     await runner.setup()
     fronts = runner.fronts
     assert fronts is not None
@@ -268,7 +295,7 @@ async def rigged(
     await web.SockSite(runner, listener).start()
     complaints: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    rig = Rig(engine, port, pool, book, spec, served, hosts, gateway, fronts)
+    rig = Rig(engine, port, pool, book, spec, served, hosts, gateway, fronts, rules, lane)
     try:
         yield rig
         await rig.quiet()

@@ -47,7 +47,7 @@ async def still_fine(rig: Rig) -> None:
 @pytest.mark.parametrize(("raw", "ask"), [(PLAIN, ASK), (STREAMED, ASK_STREAM)])
 async def test_an_engine_that_dies_at_each_byte(raw: bytes, ask: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client has the whole answer, or an error, or a connection that breaks; never a part that passes for the whole."""
-    monkeypatch.setattr("offloadd.proxy.relay.LAST_BYTES", 0.001)
+    monkeypatch.setattr("offloadd.proxy.exchange.LAST_BYTES", 0.001)
     cut = 0
 
     async def script(peer: Peer) -> None:
@@ -137,7 +137,7 @@ async def test_bytes_on_an_idle_connection_close_it() -> None:
 
 
 async def test_an_answer_without_an_end_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offloadd.proxy.relay.MAX_BUFFERED", 100_000)
+    monkeypatch.setattr("offloadd.proxy.exchange.MAX_BUFFERED", 100_000)
 
     async def script(peer: Peer) -> None:
         peer.say(b"HTTP/1.1 200 OK\r\n\r\n")

@@ -173,7 +173,7 @@ async def test_connections_are_kept_where_that_is_safe() -> None:
 
 
 async def test_a_connection_is_used_no_more_than_llama_server_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offloadd.proxy.upstream.USES", 3)
+    monkeypatch.setattr("offloadd.proxy.pool.USES", 3)
     async with rigged(says(plain())) as rig:
         for _ in range(7):
             assert (await rig.ask(ASK))[0] == 200
@@ -181,7 +181,7 @@ async def test_a_connection_is_used_no_more_than_llama_server_allows(monkeypatch
 
 
 async def test_an_old_connection_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offloadd.proxy.upstream.IDLE_LIMIT", 0.05)
+    monkeypatch.setattr("offloadd.proxy.pool.IDLE_LIMIT", 0.05)
     async with rigged(says(plain())) as rig:
         assert (await rig.ask(ASK))[0] == 200
         assert rig.pool.size == 1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from offloadd.api.meters import MAX_NAMES, OTHERS, Meters
 from offloadd.api.metrics import exposition

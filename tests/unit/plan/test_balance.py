@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from offloadd.plan.balance import (
     EJECTED,
     FAILURES,
@@ -91,7 +89,7 @@ def test_one_that_fails_again_stays_away_longer() -> None:
 
 
 def hearing(number: int, leases: int, others: int, cache: float | None = None, ago: float = 1.0) -> Seat:
-    return replace(seat(number, leases), signal=Signal(beyond=others, cache=cache, at=Instant(NOW - ago)))
+    return seat(number, leases)._replace(signal=Signal(beyond=others, cache=cache, at=Instant(NOW - ago)))
 
 
 def test_requests_that_are_none_of_ours_count_while_the_word_is_fresh() -> None:

@@ -1,0 +1,142 @@
+"""Connections to instances that are kept for the next request, as long as that is safe."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ssl
+import time
+
+from offloadd.proxy.answer_heads import AnswerHeads
+from offloadd.proxy.upstream import Connection
+from offloadd.state.launch import Endpoint
+
+CONNECT_TIMEOUT = 5.0
+IDLE_LIMIT = 4.0
+"""llama-server and uvicorn close a connection that has been idle for 5 s, and say nothing."""
+USES = 100
+"""llama-server closes a connection after so many requests."""
+MAX_IDLE = 256
+"""Connections kept for one instance."""
+SIGN_EVERY = 1.0
+"""How often instances that have sent bytes are said to be alive."""
+
+
+class Pool:
+    """Kept connections, by instance."""
+
+    def __init__(self) -> None:
+        self.heads = AnswerHeads()
+        self._idle: dict[str, list[Connection]] = {}
+        self._open: set[Connection] = set()
+        self._sweep: asyncio.TimerHandle | None = None
+        self._signing: asyncio.TimerHandle | None = None
+
+    def idle(self, endpoint: Endpoint) -> Connection | None:
+        """A kept connection that may still be open, the one used last."""
+        kept = self._idle.get(_key(endpoint))
+        oldest = time.monotonic() - IDLE_LIMIT
+        while kept:
+            connection = kept.pop()
+            if not connection.closed and connection.since > oldest:
+                return connection
+            connection.abort()
+        return None
+
+    async def connect(self, endpoint: Endpoint) -> Connection:
+        """A new connection; OSError or TimeoutError when there is none to be had."""
+        loop = asyncio.get_running_loop()
+        key = _key(endpoint)
+        connection = Connection(self, key)
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            if endpoint.host.startswith("/"):
+                await loop.create_unix_connection(lambda: connection, endpoint.host)
+            else:
+                secure = _certified() if endpoint.tls else None
+                await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=secure)
+        self._open.add(connection)
+        if self._signing is None:
+            self._signing = loop.call_later(SIGN_EVERY, self._sign)
+        return connection
+
+    def give_back(self, connection: Connection, *, keep: bool) -> None:
+        """Its answer is whole: keep it for the next request, or close it."""
+        kept = self._idle.get(connection.key)
+        if kept is None:
+            kept = self._idle[connection.key] = []
+        if not keep or connection.uses >= USES or connection.closed or len(kept) >= MAX_IDLE:
+            connection.abort()
+            return
+        connection.since = time.monotonic()
+        kept.append(connection)
+        if self._sweep is None:
+            self._sweep = asyncio.get_running_loop().call_later(IDLE_LIMIT, self._close_old)
+
+    def discard(self, connection: Connection) -> None:
+        """It is closed."""
+        self._open.discard(connection)
+        kept = self._idle.get(connection.key)
+        if kept and connection in kept:
+            kept.remove(connection)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """Close what is kept for an instance that is to end: some servers wait for their clients to leave."""
+        key = _key(endpoint)
+        leaving = [connection for connection in self._open if connection.leaving and connection.key == key]
+        for connection in [*self._idle.pop(key, []), *leaving]:
+            connection.abort()
+
+    def close(self) -> None:
+        """Close every connection."""
+        for timer in (self._sweep, self._signing):
+            if timer is not None:
+                timer.cancel()
+        self._idle.clear()
+        for connection in list(self._open):
+            connection.abort()
+
+    def _sign(self) -> None:
+        self._signing = None
+        for connection in self._open:
+            connection.sign()
+        if self._open:
+            self._signing = asyncio.get_running_loop().call_later(SIGN_EVERY, self._sign)
+
+    @property
+    def size(self) -> int:
+        """Connections that are open."""
+        return len(self._open)
+
+    @property
+    def busy(self) -> int:
+        """Those of them that a request is on."""
+        return len(self._open) - sum(map(len, self._idle.values()))
+
+    def _close_old(self) -> None:
+        self._sweep = None
+        oldest = time.monotonic() - IDLE_LIMIT
+        for key, kept in list(self._idle.items()):
+            fresh = [connection for connection in kept if connection.since > oldest]
+            for connection in kept:
+                if connection.since <= oldest:
+                    connection.abort()
+            self._idle[key] = fresh
+            if not fresh:
+                del self._idle[key]
+        if self._idle:
+            self._sweep = asyncio.get_running_loop().call_later(IDLE_LIMIT, self._close_old)
+
+
+def authority(endpoint: Endpoint) -> str:
+    """What the `Host` header calls an instance."""
+    return "localhost" if endpoint.host.startswith("/") else endpoint.authority
+
+
+@functools.cache
+def _certified() -> ssl.SSLContext:
+    """What this machine trusts."""
+    return ssl.create_default_context()
+
+
+def _key(endpoint: Endpoint) -> str:
+    return f"{endpoint.host}:{endpoint.port}"
