@@ -6,13 +6,18 @@ import gc
 import threading
 
 OFTEN = 100
-"""Models made between two times. What is in a cycle and dropped at such a moment is lost for good: it may not be every moment."""
+"""Models made between two times, at least."""
+PART = 8
+"""And of all that were ever made, at least one in so many: what is in a cycle at such a moment and dropped later is lost for good,
+so there may not be ever more of these moments on a daemon whose config is read again every minute. This way there are a hundred of
+them in a lifetime, and what is not kept from the collector yet is a small part of what is."""
 
 
 class _Lasting:
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._waiting = 0
+        self._ever = 0
 
     def made(self, count: int = 1) -> None:
         """Say that what is known of so many more models was made.
@@ -23,9 +28,11 @@ class _Lasting:
         """
         with self._turn:
             self._waiting += count
-            if self._waiting < OFTEN:
+            if self._waiting < max(OFTEN, self._ever // PART):
                 return
+            self._ever += self._waiting
             self._waiting = 0
+        gc.collect()  # what is dead by now would stay as well; there is little to look at, since what stayed before is left out
         gc.freeze()  # which takes no time: it joins a list to another
 
 
