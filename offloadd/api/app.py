@@ -260,6 +260,7 @@ def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
         except web.HTTPException as error:
             response = refuse(request, _foreign(request, error))
             response.headers.update((name, value) for name, value in error.headers.items() if name == "Allow")
+            error.__traceback__ = None  # the library keeps it in the request, which is in every call that it was raised in
         except (ConnectionResetError, web.RequestPayloadError):
             raise
         except Exception:
@@ -269,6 +270,7 @@ def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
             response = refuse(request, RequestError(500, "internal_error", why))
         finally:
             ended(request, number, None if response is None else response.status, refusal)
+            refusal = None  # it knows where it was raised, which is in this very call: a ring that would keep the request
         return response
 
     return around

@@ -11,6 +11,7 @@ from aiohttp import web
 from offloadd.clock import Clock
 from offloadd.errors import OffloaddError, RequestError
 from offloadd.events import EventKind, about
+from offloadd.proxy.downstream import Stream
 from offloadd.proxy.leases import Lease
 from offloadd.proxy.taps import Tap, Tokens
 from offloadd.state.ids import ModelName
@@ -30,6 +31,7 @@ class Account:
         "arrived",
         "broken",
         "dialect",
+        "early",
         "granted",
         "hedged",
         "lease",
@@ -53,6 +55,8 @@ class Account:
         self.model: ModelName | None = None
         self.lease: Lease | None = None
         self.granted: Instant | None = None
+        self.early: Stream | None = None
+        """The answer, where it has begun while the request waits for an instance."""
         self.sent = False
         """Whether an engine had it."""
         self.broken = False
@@ -122,6 +126,7 @@ class Accounts:
     def settle(self, account: Account, request_id: str, status: int | None, key: str) -> None:
         """The same of an account; `key` is the name of the API key that the request came with."""
         served = self._sum_up(account, request_id, status, key)
+        account.early = account.lost = None  # both know the request, and the request this: a ring that would keep it
         _log(served)
         self._done(served)
 

@@ -145,7 +145,13 @@ class Exchange:
         self._done = asyncio.get_running_loop().create_future()
         try:
             await self._run(lost)
+        except BaseException:
+            # An error that it holds knows where it was raised, which is in here: a ring that would keep the request and its body.
+            self._done = asyncio.get_running_loop().create_future()
+            self._done.cancel()
+            raise
         finally:
+            lost = None
             self._end_hedge()
 
     async def _run(self, lost: Exception | None) -> None:

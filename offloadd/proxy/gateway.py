@@ -12,7 +12,7 @@ from aiohttp import web
 
 from offloadd.errors import RequestError
 from offloadd.proxy import bodies, exchange, headers, relay, routing, speech
-from offloadd.proxy.account import Accounts
+from offloadd.proxy.account import ACCOUNT, Account, Accounts
 from offloadd.proxy.again import check_other
 from offloadd.proxy.bodies import Body
 from offloadd.proxy.dialects import openai, openai_streams, plain, sse
@@ -32,8 +32,6 @@ FORWARDED = (openai.CHAT, openai.COMPLETIONS, *openai.OTHERS)
 
 FAILED: web.RequestKey[Exception] = web.RequestKey("failed", Exception)
 """How a first try has ended that was made before there was a `web.Request`."""
-EARLY: web.RequestKey[Stream] = web.RequestKey("early", Stream)
-"""The answer to a request that has begun while it waits for an instance."""
 _NONE: Mapping[str, str] = {}
 
 
@@ -106,7 +104,10 @@ class Gateway:
     async def forward(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/…`: the body goes on as it is, save for the model's `request` rules."""
         if (failed := request.pop(FAILED, None)) is not None:
-            raise failed
+            try:
+                raise failed
+            finally:
+                del failed  # which knows of this call: a ring that would keep the request
         posted = Body.read(await request.read(), request.headers.get("Content-Type", ""))
         head = posted.head
         spec = self.find(head.model)
@@ -168,19 +169,19 @@ class Gateway:
 
     def tell_begun(self, request: web.Request, error: RequestError) -> web.StreamResponse | None:
         """Tell an error within an answer that has begun while its request still waited; None when it has not."""
-        stream: Stream | None = request.get(EARLY)
-        if stream is None:
+        account: Account | None = request.get(ACCOUNT)
+        if account is None or (stream := account.early) is None:
             return None
-        account = self._accounts.open(request)
         account.turned_away, account.broken = True, account.sent
         stream.fail(error)
         return stream.release()
 
     def _comfort(self, request: web.Request) -> Callable[[Seconds], Awaitable[None]]:
         async def show(waited: Seconds) -> None:
-            stream: Stream | None = request.get(EARLY)
+            account = self._accounts.open(request)
+            stream = account.early
             if stream is None:
-                stream = request[EARLY] = Stream(request, lambda: headers.lines(self._bears(request).items()))
+                stream = account.early = Stream(request, lambda: headers.lines(self._bears(request).items()))
                 stream.open()
             stream.comment(b"waiting for %.0f s" % waited)
 
@@ -219,7 +220,7 @@ class Gateway:
         change: Change | None = None,
         more: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
-        stream: Stream | None = request.get(EARLY)
+        stream = call.account.early
         if stream is None:
             stream = Stream(request, lambda: self._named(request, lease, more or {}), change)
         else:

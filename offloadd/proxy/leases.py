@@ -113,6 +113,8 @@ class LeaseBook:
         self._leases: dict[InstanceId, set[Lease]] = {}
         self._counts: dict[InstanceId, int] = {}
         """Leases that take a slot."""
+        self._gone: set[InstanceId] = set()
+        """Instances that are off the books while requests to them still end: of those nothing more is noted."""
         self._last_used: dict[ModelName, Instant] = {}
         self._idle_since: dict[InstanceId, Instant] = {}
         self._waiting = 0
@@ -148,8 +150,7 @@ class LeaseBook:
         if self._waiting >= MAX_WAITING:
             message = f"{MAX_WAITING} requests wait already, over all models"
             raise RequestError(503, "too_many_waiting", message, retry_after=Seconds(5))
-        granted: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        return await self._wait(line, _Waiter(now, granted, conversation), while_waiting)
+        return await self._wait(line, _Waiter(now, asyncio.get_running_loop().create_future(), conversation), while_waiting)
 
     def grant(self, spec: ModelSpec, conversation: int | None = None) -> Lease | None:
         """A lease at once, as `acquire` would give it; None where the request would have to wait or be refused."""
@@ -180,12 +181,13 @@ class LeaseBook:
         if lease.over is not None and not lease.over.done():
             lease.over.add_done_callback(lambda _: self.release(lease))
             return
+        instance, now = lease.host.instance, self._clock.now()
+        gone = instance in self._gone
         self._drop(lease)
         if lease.beside:
             return
-        instance, now = lease.host.instance, self._clock.now()
         idle = instance not in self._counts
-        if idle:
+        if idle and not gone:
             self._idle_since[instance] = now
         if instance.model in self._lines:  # else the config has dropped it meanwhile
             self._last_used[instance.model] = now
@@ -196,6 +198,8 @@ class LeaseBook:
 
     def forget(self, instance: InstanceId) -> None:
         """It is off the books."""
+        if instance in self._leases:
+            self._gone.add(instance)
         self._idle_since.pop(instance, None)
         self.memory.forget(instance)
 
@@ -269,6 +273,7 @@ class LeaseBook:
             raise
         finally:
             self._waiting -= 1
+            del waiter.granted  # a refusal in it knows where it was raised, which is in here: a ring that would keep the request
 
     async def _granted(self, waiter: _Waiter, told: Callable[[Seconds], Awaitable[None]]) -> Lease:
         """The lease. A client that takes no bytes must not keep us from seeing that it is granted."""
@@ -276,9 +281,8 @@ class LeaseBook:
             await asyncio.wait({waiter.granted}, timeout=KEEPALIVE)
             if not waiter.granted.done():
                 telling = asyncio.ensure_future(told(Seconds(self._clock.now() - waiter.since)))
-                both: set[asyncio.Future[Any]] = {waiter.granted, telling}
                 try:
-                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait(_futures(waiter.granted, telling), return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     telling.cancel()
                     await asyncio.gather(telling, return_exceptions=True)
@@ -432,6 +436,9 @@ class LeaseBook:
         held.remove(lease)
         if not held:
             del self._leases[instance]
+            if instance in self._gone:
+                self._gone.remove(instance)
+                self.memory.forget(instance)
         if not lease.beside:
             self._count(instance, -1)
 
@@ -445,6 +452,10 @@ class LeaseBook:
             self._counts[instance] = count
         else:
             self._counts.pop(instance, None)
+
+
+def _futures(*each: asyncio.Future[Any]) -> set[asyncio.Future[Any]]:
+    return set(each)
 
 
 def _refuse_all(line: _Line, refusal: RequestError) -> None:

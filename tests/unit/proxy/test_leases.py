@@ -185,3 +185,23 @@ async def test_borrowing_goes_beside_the_slots(world: World, book: LeaseBook) ->
         assert lease
         book.release(lease)
     assert held(book) == 0
+
+
+async def test_nothing_is_noted_of_an_instance_whose_last_request_outlives_it(book: LeaseBook, world: World) -> None:
+    """A client that takes its time to read how its stream broke off, on a server that is long gone."""
+    for number in range(1, 50):
+        world.slots = {number: 2}
+        first, second = await book.acquire(SPEC), await book.acquire(SPEC)
+        world.slots = {}
+        book.hang_up(first.host.instance, "it died", died=True)
+        book.forget(first.host.instance)
+        for lease in (first, second):
+            book.memory.ill(lease.host.instance)
+            book.release(lease)
+    assert book.demand().idle_since == {}
+    assert book.memory._standings == {}
+    assert book._gone == set()
+    world.slots = {50: 1}
+    last = await book.acquire(SPEC)
+    book.release(last)
+    assert list(book.demand().idle_since) == [last.host.instance]
