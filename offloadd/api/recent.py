@@ -20,12 +20,20 @@ KEPT = 2000
 KEPT_EACH = 100
 """Events remembered of one model, and of one instance, and of one request."""
 NAMES = 2000
-"""Models, instances and requests of which something is remembered; the one that was heard of longest ago is forgotten first."""
+"""Models, instances and requests of which something is remembered, of each at most so many; and"""
+KEPT_BYTES = 3 * 2**20
+"""what that may take of memory, for each of the four: a few hundred instances, or two thousand requests. The one that was heard of
+longest ago is forgotten first."""
 BACKLOG = 500
 """Events that a follower may be behind; one that is slower is told so and let go."""
 MAX_FOLLOWERS = 64
 LONGEST = 2000
 """Characters kept of a message."""
+_NAME_BYTES = 300
+_ENTRY_BYTES = 700
+_VALUE_BYTES = 120
+_ENDED_BYTES = 900
+"""What a name, an event, each of its values and a request's end were measured to take, their texts aside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +47,12 @@ class Entry:
     message: str
     about: About
 
+    @property
+    def size(self) -> int:
+        """Bytes of memory, about."""
+        values = self.about.data.values()
+        return _ENTRY_BYTES + len(self.message) + sum(_VALUE_BYTES + (len(each) if isinstance(each, str) else 0) for each in values)
+
 
 class _Ended(NamedTuple):
     """A request that is over. What there is to say of it is put into words when somebody asks, which nobody does for most."""
@@ -46,6 +60,11 @@ class _Ended(NamedTuple):
     number: int
     at: float
     served: Served
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory, about."""
+        return _ENDED_BYTES + len(self.served.reason)
 
     def told(self) -> Entry:
         served = self.served
@@ -82,21 +101,26 @@ class _Ring:
     """The latest entries of each of the latest names."""
 
     def __init__(self) -> None:
-        self._by_name: OrderedDict[str, list[Entry | _Ended]] = OrderedDict()
+        self._by_name: OrderedDict[str, list[Entry | _Ended]] = OrderedDict()  # most have few: a deque begins with room for 64
+        self._size = 0
 
     def add(self, name: str, entry: Entry | _Ended) -> None:
         if not name:
             return
         known = self._by_name.get(name)
-        if known is not None:
-            known.append(entry)
-            if len(known) >= 2 * KEPT_EACH:
-                del known[:-KEPT_EACH]
+        if known is None:
+            known = self._by_name[name] = []
+            self._size += _NAME_BYTES
+        else:
             self._by_name.move_to_end(name)
-            return
-        self._by_name[name] = [entry]
-        if len(self._by_name) > NAMES:
-            self._by_name.popitem(last=False)
+        known.append(entry)
+        self._size += entry.size
+        if len(known) >= 2 * KEPT_EACH:
+            self._size -= sum(each.size for each in known[:-KEPT_EACH])
+            del known[:-KEPT_EACH]
+        while self._by_name and (self._size > KEPT_BYTES or len(self._by_name) > NAMES):
+            _, gone = self._by_name.popitem(last=False)
+            self._size -= _NAME_BYTES + sum(each.size for each in gone)
 
     def of(self, name: str) -> list[Entry]:
         return [each if isinstance(each, Entry) else each.told() for each in self._by_name.get(name, ())[-KEPT_EACH:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -86,6 +87,34 @@ def test_every_memory_has_a_bound(history: Recent, monkeypatch: pytest.MonkeyPat
     assert history.of_request("r0") == []
     assert len(history.of_request("r499")) == 1
     assert max(len(entry.message) for entry in history.latest()) == module.LONGEST
+
+
+def test_what_is_remembered_is_bounded_in_bytes(history: Recent) -> None:
+    """Of many names: a hundred events of each of thousands of instances would be hundreds of MiB."""
+    tracemalloc.start()
+    try:
+        for number in range(1000):
+            names = {"model": f"m{number}", "instance": f"a-{number}", "request": f"r{number}"}
+            for part in range(12):
+                said = about(EventKind.DECISION, **names, why=f"{number} " * 50)  # type: ignore[arg-type]
+                history.emit(logging.makeLogRecord({"msg": f"{number} {part} " + "x" * 1990, **said}))
+            history.served(served(f"r{number}", model=f"m{number}", reason=f"{number} " * 200))
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    rings = (history._models, history._instances, history._requests, history._served)
+    assert [0 < ring._size <= module.KEPT_BYTES for ring in rings] == [True] * 4
+    assert taken < len(rings) * module.KEPT_BYTES
+    assert len(history.of_instance("a-999")) == 12
+    assert len(history.of_request("r999")) == 13
+    assert history.of_instance("a-1") == []
+
+
+def test_nothing_is_kept_of_what_is_larger_than_all(history: Recent) -> None:
+    history.served(served("r1", reason="x" * module.KEPT_BYTES))
+    assert history.of_request("r1") == []
+    history.served(served("r2"))
+    assert len(history.of_request("r2")) == 1
 
 
 async def test_a_follower_hears_what_happens_also_in_other_threads(history: Recent) -> None:
