@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from offloadd.state.desired import BackendKind, BackendOptions, Engine, ModelSpec
 from offloadd.state.found import Found
@@ -274,10 +274,18 @@ def own_folder(engine: Engine, endpoint: Endpoint) -> str:
     return "" if contained else endpoint.folder
 
 
+def read_json(body: bytes) -> Any:
+    """An engine's JSON; ValueError when it is none, or too deep to be looked into."""
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def listed(body: bytes) -> set[str]:
     """Names in an answer of `/v1/models`; none when it is no such answer."""
     try:
-        return {str(entry["id"]) for entry in json.loads(body)["data"]}
+        return {str(entry["id"]) for entry in read_json(body)["data"]}
     except (ValueError, KeyError, TypeError):
         return set()
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from offloadd.backends.base import listed, visible
+from offloadd.backends.base import listed, read_json, visible
 from offloadd.backends.llamacpp_failures import explain_exit
 from offloadd.backends.memory import LlamaMemory, llama_memory
 from offloadd.backends.words import fill
@@ -40,12 +39,12 @@ _MIB = 2**20
 _CELLS = 256
 """llama-server rounds the context of a slot up to a multiple of this."""
 _GPU_KINDS = (
-    (re.compile(r"^\s*CUDA\d+:", re.MULTILINE), DeviceKind.NVIDIA),
-    (re.compile(r"^\s*(ROCm|HIP)\d+:", re.MULTILINE), DeviceKind.AMD),
+    (re.compile(r"^[^\S\n]*CUDA\d+:", re.MULTILINE), DeviceKind.NVIDIA),
+    (re.compile(r"^[^\S\n]*(ROCm|HIP)\d+:", re.MULTILINE), DeviceKind.AMD),
 )
 _VULKAN_KINDS = (
-    (re.compile(r"^\s*Vulkan\d+: .*(NVIDIA|GeForce)", re.MULTILINE), DeviceKind.NVIDIA),
-    (re.compile(r"^\s*Vulkan\d+: .*(AMD|Radeon)", re.MULTILINE), DeviceKind.AMD),
+    (re.compile(r"^[^\S\n]*Vulkan\d+: .*(NVIDIA|GeForce)", re.MULTILINE), DeviceKind.NVIDIA),
+    (re.compile(r"^[^\S\n]*Vulkan\d+: .*(AMD|Radeon)", re.MULTILINE), DeviceKind.AMD),
 )
 _CHECKPOINTS = 4
 _BATCH = 2048
@@ -226,7 +225,7 @@ class LlamaCpp:
     def read_load(self, spec: ModelSpec, reply: ProbeReply) -> EngineLoad | None:
         """Slots that work. What it queues beyond them is told nowhere else than in its metrics."""
         try:
-            slots = json.loads(reply.body) if reply.status == 200 else None
+            slots = read_json(reply.body) if reply.status == 200 else None
             return EngineLoad(running=sum(bool(slot["is_processing"]) for slot in slots)) if slots is not None else None
         except (ValueError, KeyError, TypeError):
             return None

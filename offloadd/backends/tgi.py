@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from offloadd.backends.base import ExitPattern, HubEngine, default_exit, match_exit, own_folder, visible
+from offloadd.backends.base import ExitPattern, HubEngine, default_exit, match_exit, own_folder, read_json, visible
 from offloadd.backends.gauges import gauge
 from offloadd.backends.hub_memory import GIB, HubMemory, hub_memory
 from offloadd.backends.words import fill
@@ -312,7 +312,7 @@ def _says(flag: str, *words: Sequence[str]) -> bool:
 
 def _is_tgi(body: bytes) -> bool:
     try:
-        return bool(json.loads(body)["router"])
+        return bool(read_json(body)["router"])
     except (ValueError, KeyError, TypeError):
         return False
 

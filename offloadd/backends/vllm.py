@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from offloadd.backends.base import HubEngine, listed, own_folder, visible
+from offloadd.backends.base import HubEngine, listed, own_folder, read_json, visible
 from offloadd.backends.gauges import gauge
 from offloadd.backends.vllm_failures import explain_exit
 from offloadd.backends.vllm_memory import context_of, cpu_cache, estimate, memory_flags
@@ -193,7 +193,7 @@ class Vllm(HubEngine):
     def read_nap(self, reply: ProbeReply) -> bool | None:
         """`{"is_sleeping": true}`; in development mode only."""
         try:
-            answer = json.loads(reply.body)["is_sleeping"] if reply.status == 200 else None
+            answer = read_json(reply.body)["is_sleeping"] if reply.status == 200 else None
         except (ValueError, KeyError, TypeError):
             return None
         return answer if isinstance(answer, bool) else None

@@ -118,16 +118,25 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _file(folder: Path, name: str) -> Path | None:
+    """The file of this name; None when there is none, also for a name that no file can have."""
+    try:
+        file = (folder / name).resolve()
+        return file if file.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
 def _read_modelfile(path: Path) -> _Found:
     found = _Found(path.resolve().parent.name, Mark(str(path), 1, 1))
     for mark, word, rest in _commands(path):
         if word == "FROM":
-            file = (path.parent / rest).resolve()
-            found.source = str(file) if file.is_file() else rest
-            if not file.is_file():
+            file = _file(path.parent, rest)
+            found.source = rest if file is None else str(file)
+            if file is None:
                 found.left.append((mark, "FROM", f"{rest} is no file here: set source to its GGUF file, or import the store"))
         elif word == "ADAPTER":
-            found.lora.append(str((path.parent / rest).resolve()))
+            found.lora.append(str(_file(path.parent, rest) or rest))
         elif word == "PARAMETER":
             name, _, value = rest.partition(" ")
             _parameter(found.parameters, name.lower(), value.strip())

@@ -69,7 +69,7 @@ def _host(address: str) -> str | None:
         return None
     try:
         parts = urlsplit(address)
-        host = parts.hostname
+        host, _ = parts.hostname, parts.port  # a port that is no number is read by others as part of a name
     except ValueError:
         return None
     if parts.scheme not in ("http", "https") or "@" in parts.netloc:

@@ -378,6 +378,8 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, piece: bytes) -> None:
         """A piece of the body."""
+        if self._interim:
+            raise BrokenAnswerError("an interim answer with a body")
         if not self._ended:
             self._pieces.append(piece)
 

@@ -30,6 +30,10 @@ _V2 = _Names(("memory.max", "memory.high"), "memory.current", ("inactive_file", 
 # memory.high counts as a limit: past it nothing is killed, but everything in the group is slowed to a crawl.
 _V1 = _Names(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
 
+_DIGITS = 20
+_DEEP = 64
+"""Groups above one another, counted from the root, of which the limits are looked at."""
+
 
 def read_ram() -> Ram:
     """MemTotal and MemAvailable."""
@@ -68,7 +72,7 @@ def _groups(cgroups: Path, membership: Path) -> Iterator[tuple[Path, _Names]]:
 def _upwards(mount: Path, path: str) -> Iterator[Path]:
     """From the group to the mount. A path as seen outside a container has no folder inside; the mount then is the group."""
     parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    for length in range(len(parts), -1, -1):
+    for length in range(min(len(parts), _DEEP), -1, -1):
         yield mount.joinpath(*parts[:length])
 
 
@@ -83,7 +87,7 @@ def _number(file: Path) -> int | None:
         text = file.read_text().strip()
     except (OSError, ValueError):
         return None
-    return int(text) if text.isdecimal() else None
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else None
 
 
 def _cache(folder: Path, names: _Names) -> int:

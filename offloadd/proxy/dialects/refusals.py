@@ -27,6 +27,8 @@ _CLIENTS_FAULT = re.compile(
 _INTERNAL = re.compile(r"\[json\.exception\.\w+\.\d+\] ")
 _NO_SUCH_PATH = frozenset({"not found", "file not found", "method not allowed", ""})
 _CANNOT = re.compile(r"does not support|not enabled|no such endpoint", re.IGNORECASE)
+_WAIT_DIGITS = 7
+"""Of a `Retry-After` in seconds; more are no time that anybody waits."""
 _LOST = re.compile(r"^proxy error\b", re.IGNORECASE)
 """What a llama-server in router mode writes, bare, when the process behind it has died."""
 
@@ -35,7 +37,7 @@ def engine_error(status: int, body: bytes, path: str = "", retry_after: str = ""
     """An engine's refusal, whatever its shape, as one of ours: a status that is true, a sentence, and no internals."""
     message, kind, param, more = _read(body)
     found = _INTERNAL.sub("", message)[:_BRIEFLY] or f"the engine answered {status} without a word"
-    wait = Seconds(float(retry_after)) if retry_after.isdecimal() else None
+    wait = Seconds(float(retry_after)) if retry_after.isdecimal() and len(retry_after) <= _WAIT_DIGITS else None
     if _LOST.search(message):
         return RequestError(502, "backend_lost", f"the server behind the engine was lost: {found}", retry_after=Seconds(1))
     if status in (401, 403):

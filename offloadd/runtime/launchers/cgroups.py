@@ -24,6 +24,7 @@ USED = True
 _SELF = Path("/proc/self")
 _MAIN = "main"
 """systemd's usual name for the daemon's own group below a delegated one (`DelegateSubgroup=`), and ours."""
+_NUMBER = re.compile(r"([0-9]{1,20})\n?")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._@-]")
 
 
@@ -69,10 +70,10 @@ class Group:
 
     def evidence(self) -> GroupEvidence:
         """What its books say."""
-        peak = self._read("memory.peak")
+        peak = _NUMBER.fullmatch(self._read("memory.peak"))
         return GroupEvidence(
             oom_kills=self._count("memory.events", "oom_kill"),
-            peak=Bytes(int(peak)) if peak.strip().isdecimal() else None,
+            peak=Bytes(int(peak[1])) if peak else None,
         )
 
     def remove(self) -> None:
@@ -88,7 +89,7 @@ class Group:
         yield from map(int, filter(str.isdecimal, self._read("cgroup.procs").split()))
 
     def _count(self, name: str, key: str) -> int:
-        found = re.search(rf"^{key} (\d+)$", self._read(name), re.MULTILINE)
+        found = re.search(rf"^{key} ([0-9]{{1,20}})$", self._read(name), re.MULTILINE)
         return int(found[1]) if found else 0
 
     def _read(self, name: str) -> str:
