@@ -22,11 +22,11 @@ from offloadd.api.caller import caller
 from offloadd.api.explain import explain_routes
 from offloadd.api.express import Lane
 from offloadd.api.front import Runner
-from offloadd.api.limits import KeyMeter
+from offloadd.api.limits import Bodies, KeyMeter
 from offloadd.api.listen import Listeners, allowed_hosts, open_listeners
 from offloadd.api.logs import logs_route
 from offloadd.api.meters import Meters
-from offloadd.api.metrics import PictureCollector
+from offloadd.api.metrics import OwnCollector, PictureCollector
 from offloadd.api.ollama_pull import ollama_pull_route
 from offloadd.api.patience import IDLE, Patience
 from offloadd.api.picture import ConfigStatus, Picture, Problem
@@ -161,9 +161,11 @@ class Daemon:
         self._problems = Problems()
         self._recent = Recent(clock.wall)
         self._meter = KeyMeter(clock)
+        self._bodies = Bodies()
         self._patience = Patience(clock, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.meters = Meters()
         self.meters.registry.register(PictureCollector(lambda: self.look(closely=True)))
+        self.meters.registry.register(OwnCollector(self._held))
         self._asked: asyncio.Task[Picture] | None = None
         readers: list[DeviceReader] = [HostReader(), NvmlReader(), AmdReader()]
         self._observer = Observer(readers, backends, read_model, content_of_model, clock, lambda: self._catalog.facts())
@@ -370,6 +372,7 @@ class Daemon:
             meter=self._meter,
             patience=self._patience,
             max_body=self._store.applied.desired.server.max_body,
+            bodies=self._bodies,
         )
         gateway = Gateway(
             book=self._book,
@@ -422,6 +425,15 @@ class Daemon:
         endpoint = ending.view().endpoint if ending is not None else None
         if endpoint is not None:
             self._pool.forget(endpoint)
+
+    def _held(self) -> dict[str, float]:
+        """What is held for clients now, by the names of `OWN`."""
+        return {
+            "client_connections": self._patience.size,
+            "engine_connections": self._pool.size,
+            "request_leases": len(self._book.running()),
+            "body_bytes": self._bodies.held,
+        }
 
     def _served(self, served: Served) -> None:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -36,6 +37,13 @@ _INSTANCE = {
     "peak_bytes": "The most that they ever held",
 }
 
+OWN = {
+    "client_connections": "Connections of clients that are open",
+    "engine_connections": "Connections to engines that are open, those that wait for a next request included",
+    "request_leases": "Places on instances that requests hold, those that only look included",
+    "body_bytes": "Bytes of large bodies that are held for requests under way",
+}
+
 
 class PictureCollector(Collector):
     """Metrics of the present picture."""
@@ -60,6 +68,20 @@ class PictureCollector(Collector):
         yield _plain("offloadd_config_last_reload_timestamp_seconds", text, picture.config.attempt_wall)
         yield _plain("offloadd_scheduler_alive", "Whether the scheduler makes progress", picture.alive)
         yield _plain("offloadd_problems", "Problems that /health lists", len(list(picture.problems)))
+
+
+class OwnCollector(Collector):
+    """Metrics of what the daemon itself holds for others: the first place to look where it grows."""
+
+    def __init__(self, held: Callable[[], Mapping[str, float]]) -> None:
+        """`held` gives what there is of each of `OWN`."""
+        self._held = held
+
+    def collect(self) -> Iterator[Metric]:
+        """As it is now. To be asked on the event loop."""
+        for name, value in self._held().items():
+            yield _plain(f"offloadd_{name}", OWN[name], value)
+        yield _plain("offloadd_tasks", "Tasks of the event loop", len(asyncio.all_tasks()))
 
 
 def exposition(meters: Meters, accept: str = "") -> tuple[bytes, str]:

@@ -74,6 +74,11 @@ class Patience:
         """By the clock that limits are measured with."""
         return self._clock.now()
 
+    @property
+    def size(self) -> int:
+        """Connections that are open."""
+        return len(self._connections)
+
     def guard(self, server: web.Server | None) -> None:
         """Be told of every connection that comes and goes."""
         assert server is not None  # noqa: S101  (the runner is set up)

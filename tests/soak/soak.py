@@ -6,42 +6,26 @@ At its end everything is counted: every request has ended in one way, and nothin
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
 import random
 import signal
-import socket
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-from prometheus_client.parser import text_string_to_metric_families
+from tests.conformance.servers import until
+from tests.integration.daemon import Daemon, model, running
+from tests.soak import held, memory
+from tests.soak.clients import MODELS, Clients
+from tests.soak.held import Held
+from tests.soak.ledger import Ledger
 
-from tests.conformance.servers import HOST, until
-from tests.integration.daemon import CHAT, Daemon, model, running
-
-MODELS = ("a", "b", "c", "twice")
 CLIENTS = 10
-_SAY = [{"role": "user", "content": "hello"}]
-_ASKED: tuple[tuple[str, dict[str, Any]], ...] = (
-    (CHAT, {"messages": _SAY, "max_tokens": 20}),
-    (CHAT, {"messages": _SAY, "max_tokens": 60, "stream": True}),
-    ("/v1/completions", {"prompt": "hello", "max_tokens": 10}),
-    ("/inference", {"prompt": "hello", "max_tokens": 10}),
-    ("/inference", {"messages": _SAY, "max_tokens": 30, "stream": True}),
-    ("/v1/messages", {"messages": _SAY, "max_tokens": 20}),
-    ("/v1/messages", {"messages": _SAY, "max_tokens": 40, "stream": True}),
-    ("/api/chat", {"messages": _SAY, "options": {"num_predict": 30}}),
-    ("/api/generate", {"prompt": "hello", "stream": False, "options": {"num_predict": 10}}),
-    ("/v1/embeddings", {"input": "hello"}),
-)
-"""A request of each dialect, plain and streaming."""
+CLIENT_S = 120.0
+"""How long a client may take to see the end of its last request."""
 
 
 @dataclass(slots=True)
@@ -49,21 +33,27 @@ class Figures:
     """What was done, and what the daemon held before and after."""
 
     sent: int = 0
-    ends: Counter[str] = field(default_factory=Counter)
-    kills: int = 0
-    reloads: int = 0
-    before: dict[str, int] = field(default_factory=dict)
-    after: dict[str, int] = field(default_factory=dict)
+    ends: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Requests, by what the client saw and the daemon's word for it."""
+    fates: dict[str, int] = field(default_factory=dict)
+    """The same by the daemon's word alone."""
     counted: dict[str, int] = field(default_factory=dict)
     """Requests by fate, as the daemon's metrics have them."""
+    kills: int = 0
+    reloads: int = 0
+    before: Held = field(default_factory=dict)
+    after: Held = field(default_factory=dict)
+    memory: list[memory.Sample] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         """As a person reads them."""
-        yield f"sent {self.sent} requests; clients saw {dict(sorted(self.ends.items()))}"
-        yield f"the daemon counted {dict(sorted(self.counted.items()))}, {sum(self.counted.values())} in all"
+        sums = " + ".join(f"{count} {fate}" for fate, count in sorted(self.counted.items()))
+        yield f"sent {self.sent} = {sums}"
+        yield "as clients saw it: " + "; ".join(f"{count} {fate} ({seen})" for (seen, fate), count in sorted(self.ends.items()))
         yield f"{self.kills} engines killed, {self.reloads} reloads"
-        yield f"held before {self.before}"
-        yield f"held after  {self.after}"
+        for name, now in (("before", self.before), ("after", self.after)):
+            yield f"held {name}: " + ", ".join(f"{what} {count}" for what, count in sorted(now.items()) if count)
+        yield from memory.told(self.memory)
 
 
 def models(generation: int) -> dict[str, Any]:
@@ -83,85 +73,57 @@ def soak(folder: Path, seconds: float, seed: int) -> Figures:
     with running(folder, models(0)) as daemon:
         for name in ("a", "twice"):
             daemon.wait_for(name)
-        house = _House(daemon, figures, seed)
+        ledger = Ledger(daemon)
+        house = _House(daemon, ledger, figures, seed)
         house.warm_up()
-        figures.before = _held(daemon)
-        house.run(seconds)
-        _settle(daemon, figures)
-        figures.after = _held(daemon)
-        figures.counted = _counted(daemon)
+        _settle(daemon)
+        figures.before = held.least(daemon)
+        with memory.Watch(daemon.process.pid, lambda: ledger.sent) as watch:
+            house.run(seconds)
+            _settle(daemon)
+        figures.sent, figures.ends, figures.fates, figures.memory = ledger.sent, dict(ledger.ends), ledger.fates, watch.samples
+        figures.after = held.nothing_left(daemon, figures.before)
+        found = held.scraped(daemon)
+        figures.counted = {what.removeprefix("fate "): found[what] for what in found if what.startswith("fate ")}
     return figures
 
 
 def check(figures: Figures) -> None:
-    """What must add up."""
-    assert sum(figures.counted.values()) == figures.sent, list(figures.lines())
-    assert figures.after["fds"] <= figures.before["fds"] + 8, list(figures.lines())
-    assert figures.after["threads"] <= figures.before["threads"] + 8, list(figures.lines())
-    assert figures.after["rss"] <= figures.before["rss"] * 1.5 + 32 * 2**20, list(figures.lines())
-    assert figures.ends["broken"] == 0, list(figures.lines())
+    """What must add up. That each request ended as its client saw, and that nothing is held, was checked on the way."""
+    told = list(figures.lines())
+    assert sum(figures.counted.values()) == sum(figures.fates.values()) == figures.sent, told
+    assert figures.counted == figures.fates, told
+    for what in ("bytes promised", "instances", "children", "processes that bear its mark"):
+        assert figures.after[what] == figures.before[what], told
+    first, last = figures.memory[0], figures.memory[-1]
+    assert last.resident <= first.resident * 1.5 + 32 * memory.MIB, told
+    if last.at >= memory.LONG_S:
+        assert (memory.slope(figures.memory) or 0) <= memory.MOST, told
 
 
 class _House:
-    def __init__(self, daemon: Daemon, figures: Figures, seed: int) -> None:
-        self._daemon, self._figures = daemon, figures
+    def __init__(self, daemon: Daemon, ledger: Ledger, figures: Figures, seed: int) -> None:
+        self._daemon, self._ledger, self._figures = daemon, ledger, figures
         self._rng = random.Random(seed)
         self._over = threading.Event()
-        self._lock = threading.Lock()
+        self._clients = Clients(daemon, ledger, self._over)
 
     def warm_up(self) -> None:
-        """Every path once, so that what is made at the first use is not taken for a leak."""
-        for path, body in _ASKED:
-            for name in MODELS:
-                self._ask(path, {**body, "model": name}, random.Random(0), leave=False)
+        """What is made at the first use is there afterwards: every path, and every thread that blocking work may have."""
+        self._clients.warm_up()
+        for soon in [self._daemon.threads.submit(self._daemon.get, "/models/a") for _ in range(32)]:
+            soon.result(30)
 
     def run(self, seconds: float) -> None:
         """Clients and trouble at once, until the time is over and every client has had its answer."""
-        with ThreadPoolExecutor(max_workers=CLIENTS + 2) as pool:
-            work: list[Callable[[random.Random], None]] = [*[self._client] * CLIENTS, self._vandal, self._trouble]
+        who = self._clients
+        work: list[Callable[[random.Random], None]] = [*[who.ask] * CLIENTS, who.vandalize, who.look_on, self._trouble]
+        with ThreadPoolExecutor(max_workers=len(work)) as pool:
             running_now = [pool.submit(each, random.Random(self._rng.random())) for each in work]
-            self._over.wait(seconds)
+            wait(running_now, seconds, FIRST_EXCEPTION)
             self._over.set()
             for each in running_now:
-                each.result(120)
-
-    def _client(self, rng: random.Random) -> None:
-        while not self._over.is_set():
-            path, body = rng.choice(_ASKED)
-            name = rng.choice((*MODELS, "nobody") if rng.random() < 0.1 else MODELS)
-            self._ask(path, {**body, "model": name}, rng, leave=rng.random() < 0.2)
-
-    def _ask(self, path: str, body: dict[str, Any], rng: random.Random, *, leave: bool) -> None:
-        """One whole request; `leave` walks away after the first bytes of its answer."""
-        with self._lock:
-            self._figures.sent += 1
-        with contextlib.closing(http.client.HTTPConnection(HOST, self._daemon.port, timeout=90)) as connection:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            end = self._read(connection.getresponse(), rng, leave=leave)
-        with self._lock:
-            self._figures.ends[end] += 1
-
-    def _read(self, response: http.client.HTTPResponse, rng: random.Random, *, leave: bool) -> str:
-        slow = rng.random() < 0.1
-        whole = b""
-        try:
-            while piece := response.read1(64 if slow else 65536):
-                whole += piece
-                if leave:
-                    return "left"
-                if slow:
-                    self._over.wait(0.002)
-        except (http.client.IncompleteRead, ConnectionError):
-            return "broken"  # a stream that breaks off must say so, and not just end
-        return str(response.status)
-
-    def _vandal(self, rng: random.Random) -> None:
-        """What is no request: none of it is counted, and none of it may stay."""
-        junk = (b"GET / HT", b"\x16\x03\x01\x02", b"POST /inference HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n", b"")
-        while not self._over.is_set():
-            with contextlib.suppress(OSError), socket.create_connection((HOST, self._daemon.port), timeout=10) as sock:
-                sock.sendall(rng.choice(junk))
-                self._over.wait(rng.random() * 0.2)
+                each.result(CLIENT_S)
 
     def _trouble(self, rng: random.Random) -> None:
         """Engines are killed and the config changes, by every way of asking for it."""
@@ -174,14 +136,16 @@ class _House:
                 rng.choice((self._daemon.hup, lambda: self._daemon.post("/reload", None)))()
 
     def _kill(self, rng: random.Random) -> None:
-        pids = self._daemon.pids(rng.choice(MODELS))
-        if pids:
+        alive = [each for each in self._daemon.look(rng.choice(MODELS))["instances"] if each["pid"]]
+        if alive:
+            victim = rng.choice(alive)
+            self._ledger.killed.add(victim["instance"])
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(pids), signal.SIGKILL)
+                os.kill(victim["pid"], signal.SIGKILL)
                 self._figures.kills += 1
 
 
-def _settle(daemon: Daemon, figures: Figures) -> None:
+def _settle(daemon: Daemon) -> None:
     """Until nothing runs or waits, the idle have left, and every replica is back."""
 
     def quiet() -> bool:
@@ -191,26 +155,3 @@ def _settle(daemon: Daemon, figures: Figures) -> None:
         return not busy and states == {"a": ["ready"], "b": [], "c": [], "twice": ["ready", "ready"]}
 
     until(quiet, "nothing runs or waits any more", 60)
-    until(lambda: sum(_counted(daemon).values()) >= figures.sent, f"all {figures.sent} requests are counted", 30)
-
-
-def _held(daemon: Daemon) -> dict[str, int]:
-    process = psutil.Process(daemon.process.pid)
-    (host,) = (each for each in daemon.get("/vram/status")["devices"] if each["kind"] == "host")
-    return {
-        "fds": process.num_fds(),
-        "threads": process.num_threads(),
-        "rss": process.memory_info().rss,
-        "engines": len(daemon.leftovers()),
-        "reserved": host["reserved_bytes"],
-    }
-
-
-def _counted(daemon: Daemon) -> dict[str, int]:
-    text = daemon.request("GET", "/metrics").body.decode()
-    found: Counter[str] = Counter()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "offloadd_requests_total":
-                found[sample.labels["fate"]] += int(sample.value)
-    return dict(found)
