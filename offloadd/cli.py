@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from offloadd import __version__, eventloop, journal, preview
+from offloadd import __version__, allocator, eventloop, journal, preview
 from offloadd.accounts import trouble_with
 from offloadd.backends import discover
 from offloadd.client import DEFAULT_SERVER, Server
@@ -50,6 +50,7 @@ def run(
     ] = journal.LogFormat.AUTO,
 ) -> None:
     """Run the daemon until SIGTERM. SIGHUP reloads the config, as does a change of its file."""
+    allocator.settle()
     journal.set_up(form=log)
     eventloop.run(serve(config, discover(), manager=Manager.from_environment()))
 
