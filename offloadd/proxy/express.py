@@ -296,6 +296,7 @@ class Errand:
         if stream is None or not stream.status:
             self._all.book.release(self._lease)
             self._client.resort(self._judged, self._body, self._number, self._hand_on(error))
+            self._part()
             return
         self._account.broken, self._account.reason = True, str(error)
         if isinstance(error, RequestError):
@@ -321,7 +322,13 @@ class Errand:
             return
         if self._stream is not None:
             self._stream.let_go()
+        self._part()
         self._client.ended(keep=keep)
+
+    def _part(self) -> None:
+        """Nothing of its answer is needed any more: they know one another, a ring that would keep them and the request's body."""
+        self._stream = self._task = None
+        del self._exchange
 
     async def _drain(self, *, keep: bool) -> None:
         """A slow client is waited for before its next request is looked at."""
@@ -332,10 +339,13 @@ class Errand:
                 await self._client.drained()
         except ConnectionError:
             keep = False
+        finally:
+            self._part()
         self._client.ended(keep=keep)
 
     def _left(self) -> None:
         self._close(None)
+        self._part()
 
     def _close(self, status: int | None) -> None:
         if self._closed:
