@@ -230,7 +230,7 @@ class Daemon:
     async def run(self, started: Callable[[Daemon], None]) -> None:
         """Serve until told to stop, which may be while it starts."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+            eventloop.on_signal(number, self.stop)
         ready_for_signals()
         adopted = await self._take_over()
         shelf = await self._chronicle.start()
@@ -261,12 +261,12 @@ class Daemon:
                 self._patience.run(),
             )
             tasks = [group.create_task(loop) for loop in loops]
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
+            eventloop.on_signal(signal.SIGHUP, lambda: group.create_task(self._reload_by_signal()))
             log.info("offloadd %s started, on %s", __version__, eventloop.NAME, extra=about(EventKind.DAEMON_STARTED))
             eventloop.settle()
             started(self)
             self._service.ready()
-            asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, lambda: group.create_task(self.ending.replace()))
+            eventloop.on_signal(signal.SIGUSR2, lambda: group.create_task(self.ending.replace()))
             await self.ending.run()
             for task in tasks:
                 task.cancel()

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 from rich.console import Console
 
-from offloadd import journal
+from offloadd import eventloop, journal
 from offloadd.backends import discover
 from offloadd.daemon import Daemon, serve
 from offloadd.errors import PermanentError
@@ -135,7 +135,7 @@ async def _serve_and_ask(console: Console, config: Path, listen: str, question: 
     if serving.done():
         return serving.result()
     # A daemon takes SIGHUP for "reload"; a demo ends with its terminal.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, listening.result().stop)
+    eventloop.on_signal(signal.SIGHUP, listening.result().stop)
     console.print(f"[bold]listening[/]    http://{listen}\n")
     try:
         await _ask(console, f"http://{listen}", question)

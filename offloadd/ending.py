@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from offloadd import eventloop
 from offloadd.api.listen import Listeners
 from offloadd.api.service import Service
 from offloadd.clock import Clock
@@ -167,15 +168,10 @@ class Ending:
                     await self._hurry.wait()
 
     def _end_signals(self) -> None:
-        """No signal has anything to ask of us any more, but for SIGTERM where a program takes our place: that is told of it."""
-        _ignore_signals(signal.SIGHUP, signal.SIGUSR2)
-        if self.heirlooms is None:
-            _ignore_signals(signal.SIGTERM, signal.SIGINT)
+        """No signal has anything to ask of us any more, but for SIGTERM where a program takes our place: that is told of it.
 
-
-def _ignore_signals(*numbers: signal.Signals) -> None:
-    """All is done: one more SIGTERM, in the moment until the process is gone, must not make its end look like a death."""
-    loop = asyncio.get_running_loop()
-    for number in numbers:
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
+        One more of them, in the moment until the process is gone, must not make its end look like a death.
+        """
+        ends = (signal.SIGTERM, signal.SIGINT) if self.heirlooms is None else ()
+        for number in (signal.SIGHUP, signal.SIGUSR2, *ends):
+            eventloop.ignore(number)
