@@ -9,7 +9,7 @@ from offloadd.state.actions import ModelState, Plan
 from offloadd.state.demand import Demand
 from offloadd.state.desired import DesiredState
 from offloadd.state.launch import ExitKind
-from offloadd.state.observed import ObservedState
+from offloadd.state.observed import InstanceState, ObservedState
 from offloadd.units import format_bytes, gist
 
 DRIFT = 1.1
@@ -61,7 +61,7 @@ def of_processes(observed: ObservedState) -> Iterable[tuple[str, str]]:
             held = format_bytes(view.placement.total)
             text = f"{view.id} (pid {view.pid}) does not end by SIGKILL; its {held} stay reserved"
             yield text, "the kernel holds it, mostly in a driver: see dmesg; a reboot may be needed"
-        elif view.fault:
+        elif view.fault and view.state is not InstanceState.EXITED:  # that one is on the books for its memory only
             yield f"{view.id}: {view.fault}", "it is replaced; see its log if that comes again"
 
 

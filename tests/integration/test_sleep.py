@@ -138,8 +138,8 @@ def test_one_that_keeps_its_memory_is_stopped_and_the_problem_is_told(env: dict[
         found = daemon.look("v")["last_exit"]
         assert (found["kind"], found["expected"]) == ("sleepless", True)
         assert found["message"].startswith(said)
-        told = [problem["what"] for problem in daemon.get("/health")["problems"]]
-        assert [what for what in told if what.startswith("v is stopped where it should sleep, since v-1 did not: ")], told
+        (problem,) = daemon.get("/health")["problems"]
+        assert problem["what"].startswith("v is stopped where it should sleep, since v-1 did not: ")
         assert daemon.chat("v").status == 200
         until(lambda: daemon.state("v") == "off", "it is stopped again", 30)
         assert daemon.look("v")["last_exit"]["kind"] == "stopped"  # without another try

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from offloadd.state.actions import Action, Plan
 from offloadd.state.desired import Replicas, RunMode
@@ -79,6 +79,20 @@ class Driver:
                 faults.stop_all(self.world)
                 for holds in LIVENESS:
                     holds(self.world)
+
+    def run_up_to(self, number: int) -> None:
+        """So many things happen, and each but the last is answered by a planner cycle that is carried out whole."""
+        for done in range(1, number + 1):
+            self.step()
+            if done < number:
+                check_cycle(self.world, replan=False)
+
+    def plans(self, steps: int) -> Iterator[tuple[int, int]]:
+        """After which of so many steps of such a run there is something to do, and how many actions."""
+        for number in range(1, steps + 1):
+            self.step()
+            if actions := check_cycle(self.world, replan=False).plan.actions:
+                yield number, len(actions)
 
     def _lose(self, made: Plan) -> list[Action]:
         return some_of(made.actions, self.mix)

@@ -610,8 +610,14 @@ LIVENESS: tuple[Callable[[World], None], ...] = (
 )
 
 
+cycles = 0
+"""How often that was done in this process."""
+
+
 def check_cycle(world: World, *, replan: bool = True, actions: Callable[[Plan], Sequence[Action]] | None = None) -> Step:
     """One planner cycle under every safety property; `actions` picks which of the plan's are taken, and in which order."""
+    global cycles
+    cycles += 1
     step = take_step(world)
     for holds in STEP:
         holds(step)

@@ -1,6 +1,7 @@
 """The planner against a world in which everything goes wrong.
 
-`OFFLOADD_SIM=long` asks for many more examples. A failing seed is printed; add it to SEEDS when the cause is mended.
+The long mode, for nights: `OFFLOADD_SIM=long python -m pytest -n 2 tests/sim`: many more seeds and examples, and other ones each
+time. How many planner cycles were run is printed at the end. A failing seed is printed; add it to SEEDS when the cause is mended.
 """
 
 from __future__ import annotations
@@ -201,6 +202,25 @@ def test_a_long_run_of_one_seed_keeps_every_property(seed: int) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_seed_that_once_failed_keeps_every_property(seed: int) -> None:
     Driver(seed).run(1500, replan_every=5, calm_every=300)
+
+
+@pytest.mark.timeout(3600 if LONG else 300)
+@pytest.mark.parametrize("seed", range(300, 340) if LONG else (300, 301))
+def test_the_daemon_may_die_between_any_two_effects(seed: int) -> None:
+    """At every plan of a run, after every number of its actions, with its books and without: the next one brings it to an end."""
+    done = 0
+    for number, count in Driver(seed).plans(180):
+        for after in range(count + 1):
+            for forgets in (False, True):
+                driver = Driver(seed)
+                driver.run_up_to(number)
+                check_cycle(driver.world, actions=lambda made, after=after: made.actions[:after])  # type: ignore[misc]
+                faults.kill_the_daemon(driver.world, forgets=forgets)
+                faults.stop_all(driver.world)
+                for holds in LIVENESS:
+                    holds(driver.world)
+                done += 1
+    assert done > 30
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
