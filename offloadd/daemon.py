@@ -414,6 +414,7 @@ class Daemon:
             logging.getLogger("offloadd").removeHandler(self._recent)
             logging.getLogger("offloadd").removeHandler(self.meters.handler)
             await runner.cleanup()
+            accounts.flush()
             self._listeners.close()
             await gateway.close()
             self._pool.close()

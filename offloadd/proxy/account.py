@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
+from collections import deque
 from collections.abc import Callable
 
 from aiohttp import web
@@ -93,6 +95,7 @@ class Accounts:
         self._done = done
         self._who = who
         self._dialects: dict[str, str] = {}
+        self._ended: deque[tuple[Account, str, int | None, str, Instant]] = deque()
 
     def know(self, dialect: str, *paths: str) -> None:
         """Requests on these routes, by their patterns, are inference."""
@@ -121,50 +124,64 @@ class Accounts:
             account = self.open(request)
         if error is not None:
             account.reason = error.message
-        self.settle(account, request_id, status, self._who())
+        self._close(account, request_id, status, self._who(), self._clock.now())
 
     def settle(self, account: Account, request_id: str, status: int | None, key: str) -> None:
-        """The same of an account; `key` is the name of the API key that the request came with."""
-        served = self._sum_up(account, request_id, status, key)
+        """The same of an account, once all that has come by now is handed on: answers need not wait for their accounts.
+
+        `key` is the name of the API key that the request came with, which has no limits of its own.
+        """
+        if not self._ended:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._ended.append((account, request_id, status, key, self._clock.now()))
+
+    def flush(self) -> None:
+        """Close what is to be closed soon."""
+        while self._ended:
+            self._close(*self._ended.popleft())
+
+    def _close(self, account: Account, request_id: str, status: int | None, key: str, now: Instant) -> None:
+        served = _sum_up(account, request_id, status, key, now)
         account.early = account.lost = None  # both know the request, and the request this: a ring that would keep it
         _log(served)
         self._done(served)
 
-    def _sum_up(self, account: Account, request_id: str, status: int | None, key: str) -> Served:
-        now, tap, lease = self._clock.now(), account.tap, account.lease
-        tokens = tap.tokens() if tap.size else Tokens()
-        begun = tap.began
-        completion = tokens.completion
-        if completion is None and account.streamed and tap.events:
-            completion = tap.events
-        speed = tokens.per_second
-        if speed is None and begun is not None and account.streamed and completion and now > begun:
-            speed = completion / (now - begun)
-        return Served(
-            request=request_id,
-            path=account.path,
-            dialect=account.dialect,
-            fate=_fate(account, status),
-            status=CLIENT_LEFT if status is None else status,
-            arrived=account.arrived,
-            duration=Seconds(now - account.arrived),
-            waited=None if lease is None else lease.waited,
-            first_byte=None if begun is None or account.granted is None else Seconds(max(0.0, begun - account.granted)),
-            model=account.model,
-            backend=None if lease is None else lease.host.backend,
-            instance=None if lease is None else lease.host.instance,
-            key=key,
-            streamed=account.streamed,
-            chunks=tap.events if account.streamed else 0,
-            bytes_in=account.size_in,
-            bytes_out=tap.size,
-            prompt_tokens=tokens.prompt,
-            cached_tokens=tokens.cached,
-            completion_tokens=completion,
-            tokens_per_second=speed,
-            hedged=account.hedged,
-            reason=account.reason or (lease.why if lease else ""),
-        )
+
+def _sum_up(account: Account, request_id: str, status: int | None, key: str, now: Instant) -> Served:
+    tap, lease = account.tap, account.lease
+    tokens = tap.tokens() if tap.size else Tokens()
+    begun = tap.began
+    completion = tokens.completion
+    if completion is None and account.streamed and tap.events:
+        completion = tap.events
+    speed = tokens.per_second
+    if speed is None and begun is not None and account.streamed and completion and now > begun:
+        speed = completion / (now - begun)
+    return Served(
+        request=request_id,
+        path=account.path,
+        dialect=account.dialect,
+        fate=_fate(account, status),
+        status=CLIENT_LEFT if status is None else status,
+        arrived=account.arrived,
+        duration=Seconds(now - account.arrived),
+        waited=None if lease is None else lease.waited,
+        first_byte=None if begun is None or account.granted is None else Seconds(max(0.0, begun - account.granted)),
+        model=account.model,
+        backend=None if lease is None else lease.host.backend,
+        instance=None if lease is None else lease.host.instance,
+        key=key,
+        streamed=account.streamed,
+        chunks=tap.events if account.streamed else 0,
+        bytes_in=account.size_in,
+        bytes_out=tap.size,
+        prompt_tokens=tokens.prompt,
+        cached_tokens=tokens.cached,
+        completion_tokens=completion,
+        tokens_per_second=speed,
+        hedged=account.hedged,
+        reason=account.reason or (lease.why if lease else ""),
+    )
 
 
 def _fate(account: Account, status: int | None) -> Fate:
