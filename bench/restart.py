@@ -5,6 +5,7 @@ Two models are ready and a stream runs on each. The daemon is killed and begun a
 
 from __future__ import annotations
 
+import os
 import signal
 import statistics
 import sys
@@ -24,6 +25,7 @@ MODELS = ("a", "b")
 
 def main(times: int = 10) -> None:
     """Print each restart, and the median and the longest of all."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # no service reads its modules anew as text each time
     server, env = demo.find_server()
     spec = model(source=str(demo.find_model()), context=2048, vram="auto")
     walls: list[float] = []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ USER = "user-key-7b4e3d8c1a0f9d5c2f6a"
 READER = "reader-key-4e3d8c1a0f9d5c2f6a7b"
 FEW = "few-key-e3d8c1a0f9d5c2f6a7b4"
 ROTATED = "rotated-key-1a0f9d5c2f6a7b4e3d8c"
+NOBODY = 65534
 SECRETS = (ADMIN, USER, READER, FEW, ROTATED)
 
 
@@ -182,3 +185,40 @@ def test_the_daemons_own_user_needs_no_key_on_a_unix_socket(tmp_path: Path) -> N
             client.connect(str(path))
             client.sendall(b"GET /models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             assert client.recv(64).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_needs_a_key_on_a_unix_socket(tmp_path: Path) -> None:
+    """Also one that may open the socket, because its mode was changed: the kernel says who it is."""
+    auth = {"keys": [{"name": "ops", "key": ADMIN, "scopes": ["admin"]}]}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "api.sock"
+        server = {"auth": auth, "listen": [f"{HOST}:{free_port()}", f"unix:{path}"]}
+        with running(tmp_path, {"a": model(run="never")}, server=server):
+            assert _asked_as(NOBODY, path) == b"PermissionError"
+            path.chmod(0o666)
+            assert _asked_as(NOBODY, path).startswith(b"HTTP/1.1 401")
+            assert _asked_as(NOBODY, path, f"Authorization: Bearer {ADMIN}\r\n").startswith(b"HTTP/1.1 200")
+
+
+def _asked_as(user: int, path: Path, headers: str = "") -> bytes:
+    """How the answer to such a user begins, or what kept it from asking. A child, for there is no way back from being another."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+                client.sendall(f"GET /models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n".encode())
+                os.write(writing, client.recv(64))
+        except BaseException as error:
+            os.write(writing, type(error).__name__.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        return pipe.read()

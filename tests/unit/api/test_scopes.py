@@ -40,6 +40,9 @@ def test_nothing_that_changes_something_is_open_or_for_readers() -> None:
 def test_the_route_counts_and_not_how_its_url_is_written() -> None:
     request = matched("GET", "/config", "/health/../config?x=/health")
     assert scope_of(request) is Scope.ADMIN
+    # Were there a way to write a URL that is matched as one and reads as another, the match would count.
+    assert scope_of(matched("GET", "/config", "/health")) is Scope.ADMIN
+    assert scope_of(matched("GET", "/health", "/config")) is Scope.OPEN
 
 
 def test_of_an_engines_own_paths_only_those_that_compute_are_for_users() -> None:
