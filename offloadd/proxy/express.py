@@ -111,10 +111,14 @@ class Express:
         lease = self.book.grant(spec, head.conversation(spec))
         if lease is None:
             return None
-        if collected is None:
-            sent = bodies.readdressed(body, head, lease.host.api)
-        errand = Errand(self, judged, body, client, lease, self._new_id())
-        errand.begin(onward, sent, collected, stream=bool(head.stream))
+        try:
+            if collected is None:
+                sent = bodies.readdressed(body, head, lease.host.api)
+            errand = Errand(self, judged, body, client, lease, self._new_id())
+            errand.begin(onward, sent, collected, stream=bool(head.stream))
+        except BaseException:
+            self.book.release(lease)
+            raise
         return errand
 
     def _fit(self, spec: ModelSpec) -> _Fit:

@@ -16,6 +16,11 @@ from offloadd.proxy.exchange import MAX_BUFFERED, Call, Exchange, origin
 from offloadd.proxy.headers import Fields
 from offloadd.proxy.leases import Lease, LeaseBook
 from offloadd.proxy.pool import Pool
+from offloadd.proxy.taps import given_up
+
+_GIVEN_UP = (
+    "the engine gave the request up before its answer was whole (finish_reason abort), as one does that is ended by somebody else"
+)
 
 
 @dataclass(slots=True)
@@ -47,7 +52,10 @@ class Reading(Exchange):
             self._hedge.settle()
         self._tap.whole(body)
         self.lines, self.answer = head.onward, Answer(head.status, head.fields, body)
-        self._settle(None)
+        if given_up(body):
+            self._break(ConnectionResetError(_GIVEN_UP))
+        else:
+            self._settle(None)
 
     def _begin(self, head: Head) -> None:
         self._head = head
@@ -57,7 +65,10 @@ class Reading(Exchange):
         self._keep(piece)
 
     def _end(self, trailer: Fields) -> None:
-        self.answer = Answer(self._head.status, self._head.fields, b"".join(self._parts))
+        body = b"".join(self._parts)
+        if given_up(body):
+            raise ConnectionResetError(_GIVEN_UP)
+        self.answer = Answer(self._head.status, self._head.fields, body)
 
 
 class Collecting(Exchange):
@@ -124,6 +135,8 @@ class Passing(Exchange):
             connection.pass_through(self._tap.into(write))
 
     def _end(self, trailer: Fields) -> None:
+        if self._tap.given_up:  # its client has been told so by the same words
+            self._call.account.broken, self._call.account.reason = True, _GIVEN_UP
         self._stream.finish(trailer)
 
     def hold(self) -> None:

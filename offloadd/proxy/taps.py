@@ -23,6 +23,8 @@ _KEPT = 4096
 _CHUNK_LINE = re.compile(rb"\r\n[0-9a-fA-F]{1,7}\r\n")
 """Pieces may come with the framing of their chunks."""
 _DECODER = json.JSONDecoder()
+_GIVEN_UP = re.compile(rb'"finish_reason":\s*"abort"')
+"""How vLLM ends what it works on when somebody else ends it: with 200, as though it were whole. Text has its quotes escaped."""
 
 
 class Tokens(NamedTuple):
@@ -46,6 +48,11 @@ class _Whole(msgspec.Struct):
 
 
 _WHOLE = msgspec.json.Decoder(_Whole)
+
+
+def given_up(data: bytes) -> bool:
+    """Whether the engine says here that it gave the request up."""
+    return b'"abort"' in data and _GIVEN_UP.search(data) is not None
 
 
 class Tap:
@@ -96,6 +103,11 @@ class Tap:
             return
         self.began = self._clock.now()
         self._head, self.size = body, len(body)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the last that came says so."""
+        return given_up(b"".join(self._tail or ()))
 
     def tokens(self) -> Tokens:
         """What the first and last bytes say."""

@@ -193,6 +193,33 @@ async def test_an_engine_that_breaks_off_is_told_in_the_stream_and_before_it_as_
     assert [(served.fate, served.status) for served in rig.served] == [(Fate.FAILED, 200), (Fate.FAILED, 502)] * 2
 
 
+async def test_an_answer_that_its_engine_gave_up_is_not_taken_for_one() -> None:
+    """vLLM says `abort` and 200 when somebody else ends it. In a stream that reaches the client; a whole answer is lost."""
+    part = b'{"choices": [{"message": {"content": "half a"}, "finish_reason":"abort"}]}'
+    quoted = b'{"choices": [{"message": {"content": "\\"finish_reason\\":\\"abort\\""}, "finish_reason": "stop"}]}'
+
+    async def gives_up(peer: Peer) -> None:
+        if b'"stream":true' in peer.body:
+            last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "abort"}]}
+            peer.say(STREAM + chunked(*sse(word("half a"), last, b"[DONE]")))
+        else:
+            said = quoted if b'"n"' in peer.body else part
+            peer.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said))
+
+    async with rigged(gives_up) as rig:
+        client = await rig.connect()
+        for _ in range(2):
+            client.send(ASK)
+            status, _, body = await client.answer()
+            assert (status, b"finish_reason abort" in body) == (502, True)
+            client.send(ASK_STREAM)
+            assert (await client.answer())[0] == 200
+            client.send({**ASK, "n": 1})
+            assert (await client.answer())[::2] == (200, quoted)
+    assert [served.fate for served in rig.served] == [Fate.FAILED, Fate.FAILED, Fate.ANSWERED] * 2
+    assert all("gave the request up" in served.reason for served in rig.served if served.fate is Fate.FAILED)
+
+
 async def test_requests_that_come_early_are_served_in_their_order() -> None:
     engine = Held()
     async with rigged(engine) as rig:
