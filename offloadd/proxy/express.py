@@ -23,7 +23,7 @@ from offloadd.proxy.account import ACCOUNT, Accounts
 from offloadd.proxy.dialects import openai
 from offloadd.proxy.dialects.multipart import is_form
 from offloadd.proxy.downstream import JSON_LINE, Stream, connection_line, whole_head
-from offloadd.proxy.gateway import FAILED
+from offloadd.proxy.gateway import FAILED, FORWARDED
 from offloadd.proxy.leases import Host, Lease, LeaseBook
 from offloadd.proxy.media import may_point
 from offloadd.proxy.pool import Pool, authority
@@ -134,8 +134,10 @@ class Express:
 
 
 def _onward(judged: Judged) -> bytes:
+    """Empty where more than routing fields have to be looked at: a form, or any path that is not merely forwarded."""
     kind = headers.field(judged.fields, b"content-type").decode("latin-1")
-    judged.onward = b"" if is_form(kind) else headers.onward(judged.fields, as_json=True)
+    plain = judged.path in FORWARDED and not is_form(kind)
+    judged.onward = headers.onward(judged.fields, as_json=True) if plain else b""
     return judged.onward
 
 

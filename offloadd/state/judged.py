@@ -19,4 +19,4 @@ class Judged:
     """Its header fields, save for the length of its body."""
     keep_alive: bool
     onward: bytes | None = field(default=None, init=False)
-    """Those of them that go on to engines, as lines; written when they are first needed, and empty where the body is no JSON."""
+    """Those of them that go on to engines, as lines; written when they are first needed, and empty where that is not enough."""

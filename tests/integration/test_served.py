@@ -14,11 +14,11 @@ from tests.conformance.servers import until
 from tests.integration.daemon import CHAT, Daemon, chat, model, running
 
 TELLING = """\
-import dataclasses, json, sys
+import json, msgspec, sys
 from offloadd import daemon
 from offloadd.cli import main
 def told(self, served, log=open(sys.argv.pop(1), "a")):
-    print(json.dumps(dataclasses.asdict(served), default=str), file=log, flush=True)
+    print(json.dumps(msgspec.structs.asdict(served), default=str), file=log, flush=True)
 daemon.Daemon._served = told
 main()
 """

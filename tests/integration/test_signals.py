@@ -77,7 +77,11 @@ def test_what_an_engine_says_is_shown_to_whoever_looks(tmp_path: Path) -> None:
 
     def samples() -> dict[str, float]:
         text = daemon.request("GET", "/metrics").body.decode()
-        lines = [line for line in text.splitlines() if line.startswith("offloadd_engine_")]
+        lines = [
+            line
+            for line in text.splitlines()
+            if line.startswith(tuple(f"offloadd_engine_{kind}" for kind in ("running", "waiting", "kv")))
+        ]
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
     patches = {"offloadd.runtime.signals.EVERY": 0.2, "offloadd.runtime.signals.LOOKED_ON": 1.0}

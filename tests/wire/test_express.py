@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -11,6 +12,7 @@ import pytest
 
 from offloadd.api.express import REMEMBERED
 from offloadd.state.access import EVERYTHING, Access, ApiKey, KeyLimits
+from offloadd.state.launch import EngineApi
 from offloadd.state.served import Fate
 from tests.wire.rig import ASK, ASK_STREAM, CHAT, STREAM, Client, Peer, Rig, chunked, rigged, sse, until, word
 
@@ -191,6 +193,24 @@ async def test_an_engine_that_breaks_off_is_told_in_the_stream_and_before_it_as_
             assert status == 502
             assert b"backend_lost" in body
     assert [(served.fate, served.status) for served in rig.served] == [(Fate.FAILED, 200), (Fate.FAILED, 502)] * 2
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/inference"])
+async def test_only_what_is_merely_forwarded_takes_the_short_way(path: str) -> None:
+    """Also where the engine has the path itself: its answers are put right, its requests are checked."""
+    async with rigged(whole) as rig:
+        rig.hosts[:] = [replace(host, api=EngineApi(paths=frozenset({CHAT, path}))) for host in rig.hosts]
+        client = await rig.connect()
+        assert await answers(client, ASK, ASK) == [200, 200]
+        head = b"POST %b HTTP/1.1\r\nHost: localhost\r\n" % path.encode()
+        data = msgspec.json.encode(ASK)
+        raw = head + b"Content-Length: %d\r\n\r\n" % len(data) + data
+        rig.lane.learn(rig.lane.mark(raw), path, ((b"Host", b"localhost"),), EVERYTHING, keep_alive=True)
+        assert rig.lane.start(raw, client) is None
+        rig.lane.learn(
+            rig.lane.mark(raw), CHAT, ((b"Content-Type", b"multipart/form-data; boundary=x"),), EVERYTHING, keep_alive=True
+        )
+        assert rig.lane.start(raw, client) is None
 
 
 async def test_an_answer_that_its_engine_gave_up_is_not_taken_for_one() -> None:
