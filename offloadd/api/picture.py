@@ -71,7 +71,7 @@ class Picture:
 
 
 class Control(Protocol):
-    """What the control plane can see and ask for; joined in `daemon.py`."""
+    """What the control plane can see and ask for; `control.py` joins it."""
 
     @property
     def meters(self) -> Meters:

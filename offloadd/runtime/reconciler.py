@@ -67,6 +67,10 @@ class Reconciler:
         """Plan soon: something is different."""
         self._woken.set()
 
+    def decision(self, model: ModelName) -> Decision | None:
+        """The latest plan's on this model."""
+        return self.latest.decisions.get(model)
+
     async def run(self) -> None:
         """Cycle for ever. An error in a cycle is logged and shown, and the next cycle tries again."""
         while True:

@@ -14,7 +14,7 @@ from tests.faults.table import Outcome, Place, Skipped, answers_again, fault
 from tests.integration.gpu import GIB, card, gpu_model, running_on
 from tests.integration.test_gpu_faults import QUICK, change, gpus
 
-CARDS = {**QUICK, "offloadd.daemon.REFRESH": 0.2}
+CARDS = {**QUICK, "offloadd.rounds.REFRESH": 0.2}
 
 
 @contextlib.contextmanager

@@ -280,7 +280,7 @@ def herd(place: Place) -> Outcome:
 
 @fault(56, "2 MB of log a second")
 def log_flood(place: Place) -> Outcome:
-    limits = {"offloadd.runtime.logs.MAX_BYTES": 300_000, "offloadd.runtime.logs.KEPT_BYTES": 100_000, "offloadd.daemon.TRIM": 0.05}
+    limits = {"offloadd.runtime.logs.MAX_BYTES": 300_000, "offloadd.runtime.logs.KEPT_BYTES": 100_000, "offloadd.rounds.TRIM": 0.05}
     with running(place.folder, {"a": model(env={"STANDIN_LOG_FLOOD": 2_000_000})}, patches=limits) as daemon:
         daemon.pid()
         kept = daemon.data_dir / "logs/a-1.log.1"

@@ -56,7 +56,7 @@ def environment(nvml: FakeNvml) -> dict[str, str]:
 
 def launch_on(nvml: FakeNvml, folder: Path, models: Mapping[str, Settings], **options: Any) -> Daemon:
     """Start a daemon that sees the cards; options as `launch` takes them. It looks more often than others, to save time."""
-    options.setdefault("patches", {"offloadd.daemon.REFRESH": 0.2})
+    options.setdefault("patches", {"offloadd.rounds.REFRESH": 0.2})
     return launch(folder, models, llamacpp=engine(nvml), env=environment(nvml), **options)
 
 

@@ -84,7 +84,7 @@ def test_a_replica_comes_for_a_queue_that_lasts_and_serves(shared: Daemon) -> No
 def test_a_card_is_read_again_before_its_memory_is_given(tmp_path: Path) -> None:
     nvml = cards(tmp_path, 1)
     models = {"large": gpu_model(16)}
-    with running_on(nvml, tmp_path, models, patches={"offloadd.daemon.REFRESH": 3600.0}) as daemon:
+    with running_on(nvml, tmp_path, models, patches={"offloadd.rounds.REFRESH": 3600.0}) as daemon:
         until(lambda: daemon.look("large")["fits"] == "now", "the card is read")
         time.sleep(FRESH + 0.5)  # the reading grows old, and nobody renews it
         with process_holding(nvml, 0, 12):

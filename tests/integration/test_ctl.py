@@ -115,7 +115,7 @@ class Following:
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     folder = tmp_path_factory.mktemp("ctl")
     models = {"a": model(), "b": model(run="on-demand", aliases=["org/B:1"]), "gone": model(source="absent.gguf")}
-    with running(folder, models, patches={"offloadd.daemon.TRIM": 0.1, "offloadd.runtime.logs.MAX_BYTES": 20_000}) as found:
+    with running(folder, models, patches={"offloadd.rounds.TRIM": 0.1, "offloadd.runtime.logs.MAX_BYTES": 20_000}) as found:
         found.wait_for("a")
         yield found
 
@@ -235,7 +235,7 @@ def test_top_on_a_terminal_until_q(daemon: Daemon) -> None:
 
 
 def test_logs_follow_an_instance_over_cuts_to_its_end_and_the_model_to_its_next(tmp_path: Path) -> None:
-    patches = {"offloadd.daemon.TRIM": 0.05, "offloadd.runtime.logs.MAX_BYTES": 4000, "offloadd.runtime.logs.KEPT_BYTES": 2000}
+    patches = {"offloadd.rounds.TRIM": 0.05, "offloadd.runtime.logs.MAX_BYTES": 4000, "offloadd.runtime.logs.KEPT_BYTES": 2000}
     with running(tmp_path, {"a": model()}, patches=patches) as daemon:
         first = daemon.pid()
         path = daemon.data_dir / "logs/a-1.log"

@@ -22,7 +22,7 @@ def on_cards(nvml: FakeNvml, folder: Path, models: dict[str, Any], **more: Any) 
     library = str(fake.build().parent)
     shown = {**nvml.environment, "LD_LIBRARY_PATH": library, "FAKE_NVML_PROCS": str(nvml.procs)}
     backends = {name: {**engine, "env": {**engine.get("env", {}), **shown}} for name, engine in engines().items()}
-    more.setdefault("patches", {"offloadd.daemon.REFRESH": 0.2})
+    more.setdefault("patches", {"offloadd.rounds.REFRESH": 0.2})
     with running(folder, models, backends=backends, env=environment(nvml), **more) as daemon:
         yield daemon
 

@@ -348,7 +348,7 @@ def test_a_frozen_process_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_flood_of_log_is_bounded(tmp_path: Path) -> None:
-    limits = {"offloadd.runtime.logs.MAX_BYTES": 300_000, "offloadd.runtime.logs.KEPT_BYTES": 100_000, "offloadd.daemon.TRIM": 0.05}
+    limits = {"offloadd.runtime.logs.MAX_BYTES": 300_000, "offloadd.runtime.logs.KEPT_BYTES": 100_000, "offloadd.rounds.TRIM": 0.05}
     with running(tmp_path, {"a": model(env={"STANDIN_LOG_FLOOD": 2_000_000})}, patches=limits) as daemon:
         daemon.pid()
         kept, current = daemon.data_dir / "logs/a-1.log.1", daemon.data_dir / "logs/a-1.log"

@@ -16,7 +16,7 @@ from tests.integration.gpu import GIB, card, cards, gpu_model, gpus_of, launch_o
 
 QUICK = {
     "offloadd.observe.snapshot.READ_TIMEOUT": 0.5,
-    "offloadd.daemon.REFRESH": 0.2,
+    "offloadd.rounds.REFRESH": 0.2,
     "offloadd.observe.devices.nvml.FIRST_WAIT": 0.2,
     "offloadd.observe.devices.nvml.FIRST_REVIVAL": 0.3,
 }

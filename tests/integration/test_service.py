@@ -98,7 +98,7 @@ def test_the_manager_hears_of_the_start_of_models_of_every_reload_and_of_the_end
 
 
 def test_a_scheduler_that_does_not_progress_feeds_no_watchdog(manager: ServiceManager) -> None:
-    with under(manager, {}, {"offloadd.daemon.STALLED": -1}) as daemon:
+    with under(manager, {}, {"offloadd.control.STALLED": -1}) as daemon:
         manager.wait_for(lambda m: "STATUS" in m and "the scheduler does not progress" in m["STATUS"], "that it stands still")
         daemon.hup()
         manager.wait_word("READY", since=manager.wait_word("RELOADING"))

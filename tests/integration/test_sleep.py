@@ -131,7 +131,7 @@ def test_it_is_stopped_when_even_what_it_holds_asleep_is_needed(tmp_path: Path) 
 )
 def test_one_that_keeps_its_memory_is_stopped_and_the_problem_is_told(env: dict[str, Any], said: str, tmp_path: Path) -> None:
     nvml = cards(tmp_path, 1)
-    patches = {"offloadd.daemon.REFRESH": 0.2, "offloadd.plan.sleep.FREED_WITHIN": 1.0, "offloadd.plan.sleep.FALLS_WITHIN": 3.0}
+    patches = {"offloadd.rounds.REFRESH": 0.2, "offloadd.plan.sleep.FREED_WITHIN": 1.0, "offloadd.plan.sleep.FALLS_WITHIN": 3.0}
     with used_once(nvml, tmp_path, {"v": sleepy(8, env=env)}, patches=patches) as daemon:
         until(lambda: daemon.state("v") == "off", "it is stopped", 30)
         until(lambda: held(nvml) == [0], "its memory is back")
@@ -164,7 +164,7 @@ def test_the_next_daemon_finds_it_asleep_and_wakes_it(tmp_path: Path) -> None:
         (pid,) = daemon.pids("v")
         daemon.signal(signal.SIGKILL)
         daemon.process.wait()
-        with restart_on(nvml, daemon, patches={"offloadd.daemon.REFRESH": 0.2}) as second:
+        with restart_on(nvml, daemon, patches={"offloadd.rounds.REFRESH": 0.2}) as second:
             found = slept(second)
             assert found["instances"][0]["pid"] == pid
             until(lambda: promised(second) == [PROMISED_ASLEEP], "it is promised what it holds asleep")
@@ -183,7 +183,7 @@ def test_one_that_fell_asleep_unseen_is_looked_at_before_its_promise_is_lowered(
         daemon.signal(signal.SIGKILL)
         daemon.process.wait()
         _order(port, "/sleep?level=1")
-        with restart_on(nvml, daemon, patches={"offloadd.daemon.REFRESH": 0.2}) as second:
+        with restart_on(nvml, daemon, patches={"offloadd.rounds.REFRESH": 0.2}) as second:
             slept(second)
             assert promised(second) == [PROMISED_ASLEEP]
             assert psutil.pid_exists(pid)
@@ -191,7 +191,7 @@ def test_one_that_fell_asleep_unseen_is_looked_at_before_its_promise_is_lowered(
 
 def test_one_that_others_have_woken_is_stopped(tmp_path: Path) -> None:
     nvml = cards(tmp_path, 1)
-    patches = {"offloadd.daemon.REFRESH": 0.2, "offloadd.runtime.instance.LIVENESS_EVERY": 0.5}
+    patches = {"offloadd.rounds.REFRESH": 0.2, "offloadd.runtime.instance.LIVENESS_EVERY": 0.5}
     with used_once(nvml, tmp_path, {"v": sleepy(8)}, patches=patches) as daemon:
         found = slept(daemon)
         _order(found["instances"][0]["port"], "/wake_up")

@@ -361,7 +361,7 @@ def test_told_to_end_while_it_hands_over(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_that_completes_no_cycle_is_told(tmp_path: Path) -> None:
-    patches = {"offloadd.runtime.reconciler.plan": None, "offloadd.daemon.STALLED": 2.0}
+    patches = {"offloadd.runtime.reconciler.plan": None, "offloadd.control.STALLED": 2.0}
     with begun(tmp_path, {"a": model()}, patches=patches) as daemon:
         reply = until(lambda: (found := daemon.request("GET", "/health")).status == 503 and found, "it is told")
         assert any("the last reconcile cycle failed" in problem["what"] for problem in reply.json()["problems"])
