@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,23 @@ WALL = 1_800_000_000.0
 def served(fate: Fate = Fate.ANSWERED, model: ModelName | None = A, **figures: int) -> Served:
     times = {"arrived": Instant(1.0), "duration": Seconds(0.5)}
     return Served(request="r", path="/v1/x", dialect="openai", fate=fate, status=200, model=model, **times, **figures)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def hindered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Registry, Recorder, Callable[[], None]]]:
+    """A registry that cannot be used, its recorder, and what takes away what is in the way; it is tried again at every call."""
+    monkeypatch.setattr(store, "REOPEN_S", 0.0)
+    folder = tmp_path / "data"
+    folder.write_text("in the way")
+
+    def mend() -> None:
+        folder.unlink()
+        folder.mkdir()
+
+    with closing(Registry(folder / "registry.db")) as registry:
+        recorder = Recorder(registry, lambda: WALL)
+        await recorder.start()
+        yield registry, recorder, mend
 
 
 async def test_everything_told_is_written_once(tmp_path: Path) -> None:
@@ -51,20 +69,14 @@ async def test_everything_told_is_written_once(tmp_path: Path) -> None:
 
 
 async def test_nothing_is_lost_while_the_registry_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "REOPEN_S", 0.0)
-    folder = tmp_path / "data"
-    folder.write_text("in the way")
-    with closing(Registry(folder / "registry.db")) as registry:
-        recorder = Recorder(registry, lambda: WALL)
-        await recorder.start()
+    async with hindered(tmp_path, monkeypatch) as (registry, recorder, mend):
         for number in range(3):
             recorder.served(served())
             recorder.loaded(load(WALL + number))
             assert not await recorder.flush()
         assert "cannot be used" in registry.problem
         assert recorder.totals[A].answered == 3
-        folder.unlink()
-        folder.mkdir()
+        mend()
         assert await recorder.flush()
         assert registry.problem == ""
         history = registry.history(A)
@@ -85,20 +97,14 @@ async def test_footprints_of_an_older_offloadd_move(tmp_path: Path) -> None:
 
 
 async def test_it_says_when_something_waits_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "REOPEN_S", 0.0)
-    folder = tmp_path / "data"
-    folder.write_text("in the way")
-    with closing(Registry(folder / "registry.db")) as registry:
-        recorder = Recorder(registry, lambda: WALL)
-        await recorder.start()
+    async with hindered(tmp_path, monkeypatch) as (_, recorder, mend):
         assert not recorder.told.is_set()
         recorder.served(served())
         assert recorder.told.is_set()
         assert recorder.totals[A].answered == 1  # which takes it to what waits
         assert not await recorder.flush()
         assert recorder.told.is_set()
-        folder.unlink()
-        folder.mkdir()
+        mend()
         assert await recorder.flush()
         assert not recorder.told.is_set()
         for tell in (
