@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from offloadd.backends.base import Backend, TellsLoad, backend_of
-from offloadd.proxy.leases import Host
+from offloadd.proxy.lease import Host
 from offloadd.runtime.executor import Executor
 from offloadd.runtime.signals import Asked
 from offloadd.state.desired import DesiredState, ModelSpec

@@ -14,7 +14,7 @@ from offloadd.clock import Clock
 from offloadd.errors import OffloaddError, RequestError
 from offloadd.events import EventKind, about
 from offloadd.proxy.downstream import Stream
-from offloadd.proxy.leases import Lease
+from offloadd.proxy.lease import Lease
 from offloadd.proxy.taps import Tap, Tokens
 from offloadd.state.ids import ModelName
 from offloadd.state.served import Fate, Served

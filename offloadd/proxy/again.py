@@ -14,7 +14,7 @@ from aiohttp import web
 
 from offloadd.events import EventKind, about
 from offloadd.proxy.account import ACCOUNT, Account
-from offloadd.proxy.exchange import BackendLostError
+from offloadd.proxy.calls import BackendLostError
 from offloadd.state.ids import BackendName, ModelName
 
 log = logging.getLogger(__name__)

@@ -18,13 +18,14 @@ from aiohttp import HttpVersion11, web
 
 from offloadd.errors import RequestError
 from offloadd.events import EventKind, about
-from offloadd.proxy import bodies, exchange, headers, relay, routing
+from offloadd.proxy import bodies, calls, exchange, headers, relay, routing
 from offloadd.proxy.account import ACCOUNT, Accounts
 from offloadd.proxy.dialects import openai
 from offloadd.proxy.dialects.multipart import is_form
 from offloadd.proxy.downstream import JSON_LINE, Stream, connection_line, whole_head
 from offloadd.proxy.gateway import FAILED, FORWARDED
-from offloadd.proxy.leases import Host, Lease, LeaseBook
+from offloadd.proxy.lease import Host, Lease
+from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.media import may_point
 from offloadd.proxy.pool import Pool, authority
 from offloadd.state.desired import ModelSpec
@@ -142,7 +143,7 @@ def _onward(judged: Judged) -> bytes:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Call(exchange.Call):
+class _Call(calls.Call):
     """One whose head is nearly written."""
 
     host: Host
@@ -150,7 +151,7 @@ class _Call(exchange.Call):
 
     def head(self, endpoint: Endpoint) -> bytes:
         if endpoint is not self.host.endpoint or self.body is None:  # it has moved
-            return exchange.Call.head(self, endpoint)
+            return calls.Call.head(self, endpoint)
         start = self.host.starts.get(self.path)
         if start is None:
             start = headers.request_start(self.method, endpoint.at(self.path), authority(endpoint))
@@ -369,4 +370,4 @@ class Errand:
 @lru_cache(maxsize=1024)
 def _origin(*whose: Any) -> bytes:
     instance, backend, why = whose
-    return headers.lines(exchange.origin_of(instance, backend, why).items())
+    return headers.lines(calls.origin_of(instance, backend, why).items())

@@ -11,14 +11,15 @@ import msgspec
 from aiohttp import web
 
 from offloadd.errors import RequestError
-from offloadd.proxy import bodies, exchange, headers, relay, routing, speech
+from offloadd.proxy import bodies, calls, headers, relay, routing, speech
 from offloadd.proxy.account import ACCOUNT, Account, Accounts
 from offloadd.proxy.again import check_other
 from offloadd.proxy.bodies import Body
 from offloadd.proxy.dialects import openai, openai_streams, plain, sse
 from offloadd.proxy.dialects.base import Change, Translation
 from offloadd.proxy.downstream import Stream, Whole, json_answer
-from offloadd.proxy.leases import Lease, LeaseBook
+from offloadd.proxy.lease import Lease
+from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.media import check_media, may_point
 from offloadd.proxy.pool import Pool
 from offloadd.state.desired import DesiredState, ModelSpec
@@ -197,7 +198,7 @@ class Gateway:
             call = self._call(request, held, target, None)
             return await self._stream(request, held, await self._with_body(request, call))
 
-    async def _with_body(self, request: web.Request, call: exchange.Call) -> exchange.Call:
+    async def _with_body(self, request: web.Request, call: calls.Call) -> calls.Call:
         """The call with the body that comes with the request: a small one read first, a large one passed on as it comes."""
         upgrade = request.headers.get("Upgrade", "") if "upgrade" in request.headers.get("Connection", "").lower() else ""
         call = replace(call, by_path=True, upgrade=upgrade.encode("latin-1", "replace"))
@@ -216,7 +217,7 @@ class Gateway:
         self,
         request: web.Request,
         lease: Lease,
-        call: exchange.Call,
+        call: calls.Call,
         change: Change | None = None,
         more: Mapping[str, str] | None = None,
     ) -> web.StreamResponse:
@@ -238,7 +239,7 @@ class Gateway:
             raise
         return stream.release()
 
-    async def _answer(self, request: web.Request, lease: Lease, call: exchange.Call, head: routing.Head) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, lease: Lease, call: calls.Call, head: routing.Head) -> web.StreamResponse:
         """The engine's own answer, as a stream or whole, put right where the engine needs it."""
         model = lease.host.instance.model
         api = lease.host.api
@@ -269,7 +270,7 @@ class Gateway:
         await collecting.run()
         return json_answer(request, self._named(request, lease), msgspec.json.encode(collecting.answer))
 
-    async def _read(self, lease: Lease, call: exchange.Call) -> relay.Answer:
+    async def _read(self, lease: Lease, call: calls.Call) -> relay.Answer:
         reading = relay.Reading(self._pool, self._book, lease, call)
         if lease.host.cancels_only_streams:
             await self._to_the_end(lease, reading)
@@ -299,7 +300,7 @@ class Gateway:
         self._lingering.add(lingering)
         lingering.add_done_callback(self._lingering.discard)
 
-    def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None, *, as_json: bool = False) -> exchange.Call:
+    def _call(self, request: web.Request, lease: Lease, path: str, body: bytes | None, *, as_json: bool = False) -> calls.Call:
         """The call that a request becomes. `as_json`: its body is ours, and JSON, whatever the client said of its own."""
         account = self._accounts.open(request)
         check_other(account, lease.host.backend)
@@ -309,7 +310,7 @@ class Gateway:
             self._book.suspects.check(lease.host.instance.model, body)
         account.grant(lease, len(body or b""))
         own = headers.lines((("X-Request-Id", self._request_id(request)),))
-        return exchange.Call(
+        return calls.Call(
             method=request.method, path=path, fields=request.raw_headers, own=own, account=account, body=body, as_json=as_json
         )
 
@@ -335,7 +336,7 @@ class Gateway:
 
     def _named(self, request: web.Request, lease: Lease, more: Mapping[str, str] = _NONE) -> bytes:
         """Header lines of ours: whose answer it is, and to what."""
-        origin = exchange.origin(lease)
+        origin = calls.origin(lease)
         if (lost := self._accounts.open(request).lost) is not None:
             origin["X-Offloadd-Reason"] += f"; before, {lost.message}"
         return headers.lines((*self._bears(request).items(), *origin.items(), *more.items()))

@@ -13,7 +13,8 @@ from typing import Protocol
 from offloadd.proxy.account import Account
 from offloadd.proxy.answer_heads import Head
 from offloadd.proxy.headers import Fields
-from offloadd.proxy.leases import Lease, LeaseBook
+from offloadd.proxy.lease import Lease
+from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.pool import Pool
 from offloadd.proxy.upstream import Connection, Taker
 from offloadd.state.launch import Endpoint

@@ -13,12 +13,13 @@ from offloadd.errors import RequestError
 from offloadd.plan.admission import Granted, Queued, Refused, admit, retry_after
 from offloadd.plan.balance import Seat, pick
 from offloadd.proxy.affinity import Memory
+from offloadd.proxy.holds import Holds
+from offloadd.proxy.lease import Host, Lease
 from offloadd.proxy.suspects import Suspects
 from offloadd.state.actions import Decision
 from offloadd.state.demand import Demand, Waiting
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName, InstanceId, ModelName
-from offloadd.state.launch import Endpoint, EngineApi
 from offloadd.state.observed import Signal
 from offloadd.units import Instant, Seconds, format_seconds
 
@@ -26,47 +27,6 @@ MAX_WAITING = 8192
 """Requests that may wait at once, whatever they wait for."""
 KEEPALIVE = Seconds(5)
 """How often a request that waits may give its client a sign of life."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
-    """A ready instance, as the proxy needs to know it."""
-
-    instance: InstanceId
-    backend: BackendName
-    endpoint: Endpoint
-    slots: int
-    sign: Callable[[], None]
-    """To be called when bytes came from it."""
-    cancels_only_streams: bool = False
-    """Whether it works on for a client that has left, unless it answers with a stream."""
-    api: EngineApi = field(default_factory=EngineApi)
-    """What it speaks."""
-    starts: dict[str, bytes] = field(default_factory=dict, compare=False)
-    """How the head of a request to it begins, by path; filled by whoever writes them."""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Lease:
-    """One request's hold on an instance, from grant to last byte."""
-
-    host: Host
-    why: str
-    waited: Seconds
-    revoked: asyncio.Future[str]
-    """Done, with the reason, when the instance is going away and the request must end."""
-    died: bool = False
-    """Whether it is going away because it died by itself."""
-    beside: bool = False
-    """It takes no slot and keeps nothing loaded."""
-    crowded: bool = False
-    """Whether another request was ever on the instance at the same time."""
-    lingers: bool = False
-    """Whether the engine works on for a client that has left, so that the lease outlives its handler."""
-    hedge_after: Seconds | None = None
-    """After so long without a byte another instance is asked too, where the config wants that."""
-    over: asyncio.Future[None] | None = None
-    """Where the instance works on for a client that has left: done when it has stopped. Until then the lease counts."""
 
 
 @dataclass(slots=True, eq=False)
@@ -110,19 +70,15 @@ class LeaseBook:
         self._named: dict[ModelName, dict[BackendName, _Line]] = {}
         """Requests that name an engine stand in a line of their own: those of another must not wait for it."""
         self._asked: dict[ModelName, dict[BackendName, Instant]] = {}
-        self._leases: dict[InstanceId, set[Lease]] = {}
-        self._counts: dict[InstanceId, int] = {}
-        """Leases that take a slot."""
-        self._gone: set[InstanceId] = set()
-        """Instances that are off the books while requests to them still end: of those nothing more is noted."""
         self._last_used: dict[ModelName, Instant] = {}
         self._idle_since: dict[InstanceId, Instant] = {}
         self._waiting = 0
         """Requests that are in any line, or have just been granted what they waited for."""
         self._closed = ""
         self.memory = Memory(clock)
-        self.suspects = Suspects(clock)
         """Of conversations, and of how instances have fared."""
+        self.suspects = Suspects(clock)
+        self._holds = Holds(self.memory.forget)
 
     async def acquire(
         self,
@@ -182,12 +138,11 @@ class LeaseBook:
             lease.over.add_done_callback(lambda _: self.release(lease))
             return
         instance, now = lease.host.instance, self._clock.now()
-        gone = instance in self._gone
-        self._drop(lease)
+        known = self._holds.remove(lease)
         if lease.beside:
             return
-        idle = instance not in self._counts
-        if idle and not gone:
+        idle = instance not in self._holds.counts
+        if idle and known:
             self._idle_since[instance] = now
         if instance.model in self._lines:  # else the config has dropped it meanwhile
             self._last_used[instance.model] = now
@@ -198,14 +153,13 @@ class LeaseBook:
 
     def forget(self, instance: InstanceId) -> None:
         """It is off the books."""
-        if instance in self._leases:
-            self._gone.add(instance)
+        self._holds.forget(instance)
         self._idle_since.pop(instance, None)
         self.memory.forget(instance)
 
     def hang_up(self, instance: InstanceId, why: str, *, died: bool = False) -> None:
         """Tell every request on the instance to end."""
-        for lease in self._leases.get(instance, ()):
+        for lease in self._holds.of(instance):
             if not lease.revoked.done():
                 lease.died = died
                 lease.revoked.set_result(why)
@@ -223,7 +177,7 @@ class LeaseBook:
 
     def running(self) -> frozenset[Lease]:
         """Every lease that is held now."""
-        return frozenset(lease for held in self._leases.values() for lease in held)
+        return self._holds.all()
 
     def demand(self) -> Demand:
         """What the planner needs to know."""
@@ -235,9 +189,9 @@ class LeaseBook:
             waiting_for={
                 model: frozenset(name for name, line in named.items() if line.waiters) for model, named in self._named.items()
             },
-            leases={instance: self._held(instance) for instance in self._leases if self._held(instance)},
+            leases=dict(self._holds.counts),
             last_used=dict(self._last_used),
-            idle_since={instance: at for instance, at in self._idle_since.items() if not self._held(instance)},
+            idle_since={instance: at for instance, at in self._idle_since.items() if instance not in self._holds.counts},
         )
 
     def forget_models(self, kept: Callable[[ModelName], ModelSpec | None]) -> None:
@@ -361,7 +315,7 @@ class LeaseBook:
                 raise RequestError(answer.status, answer.code, answer.message, retry_after=answer.retry_after)
 
     def _seat(self, host: Host) -> Seat:
-        held, standing = self._counts.get(host.instance, 0), self.memory.standing(host.instance)
+        held, standing = self._holds.counts.get(host.instance, 0), self.memory.standing(host.instance)
         return Seat(
             instance=host.instance,
             backend=host.backend,
@@ -376,12 +330,12 @@ class LeaseBook:
         old, other = lease.host, self._other(lease)
         if other is None:
             return False
-        self._drop(lease)
+        self._holds.remove(lease)
         lease.host = other
         lease.why = f"{other.instance} took over from {old.instance}: {why}"
         lease.revoked = asyncio.get_running_loop().create_future()
         lease.crowded = False
-        self._hold(lease)
+        self._holds.add(lease)
         return True
 
     def hedge(self, lease: Lease) -> Lease | None:
@@ -393,14 +347,7 @@ class LeaseBook:
 
     def swap(self, lease: Lease, other: Lease, why: str) -> None:
         """Change the instances of two leases that are both held: what was the one's is the other's now, its end included."""
-        for each in (lease, other):
-            self._leases[each.host.instance].discard(each)
-        for name in ("host", "revoked", "died", "crowded"):
-            mine, its = getattr(lease, name), getattr(other, name)
-            setattr(lease, name, its)
-            setattr(other, name, mine)
-        for each in (lease, other):
-            self._leases[each.host.instance].add(each)
+        self._holds.swap(lease, other)
         lease.why = why
 
     def _other(self, lease: Lease) -> Host | None:
@@ -415,43 +362,8 @@ class LeaseBook:
     def _record(self, host: Host, why: str, *, waited: Seconds, beside: bool = False) -> Lease:
         revoked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         lease = Lease(host=host, why=why, waited=waited, revoked=revoked, beside=beside)
-        self._hold(lease)
+        self._holds.add(lease)
         return lease
-
-    def _hold(self, lease: Lease) -> None:
-        instance = lease.host.instance
-        held = self._leases.get(instance) or self._leases.setdefault(instance, set())
-        if len(held) == 1:  # with more, all of them know already
-            next(iter(held)).crowded = True
-        lease.crowded = bool(held)
-        held.add(lease)
-        if not lease.beside:
-            self._count(instance, 1)
-
-    def _drop(self, lease: Lease) -> None:
-        instance = lease.host.instance
-        held = self._leases.get(instance)
-        if held is None or lease not in held:
-            return
-        held.remove(lease)
-        if not held:
-            del self._leases[instance]
-            if instance in self._gone:
-                self._gone.remove(instance)
-                self.memory.forget(instance)
-        if not lease.beside:
-            self._count(instance, -1)
-
-    def _held(self, instance: InstanceId) -> int:
-        return self._counts.get(instance, 0)
-
-    def _count(self, instance: InstanceId, more: int) -> None:
-        """Counted as they come and go: with a thousand of them, to count them for each would be the most of the work."""
-        count = self._counts.get(instance, 0) + more
-        if count:
-            self._counts[instance] = count
-        else:
-            self._counts.pop(instance, None)
 
 
 def _futures(*each: asyncio.Future[Any]) -> set[asyncio.Future[Any]]:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from offloadd.errors import RequestError
 from offloadd.proxy import headers
 from offloadd.proxy.answer_heads import Head
+from offloadd.proxy.calls import Call, origin
 from offloadd.proxy.dialects import sse
 from offloadd.proxy.dialects.base import Gathering, Object
 from offloadd.proxy.dialects.refusals import event_error
 from offloadd.proxy.downstream import Stream
-from offloadd.proxy.exchange import MAX_BUFFERED, Call, Exchange, origin
+from offloadd.proxy.exchange import MAX_BUFFERED, Exchange
 from offloadd.proxy.headers import Fields
-from offloadd.proxy.leases import Lease, LeaseBook
+from offloadd.proxy.lease import Lease
+from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.pool import Pool
 from offloadd.proxy.taps import given_up
 

@@ -25,7 +25,8 @@ from offloadd.proxy.dialects.refusals import shaped
 from offloadd.proxy.endpoints.responses import Responses
 from offloadd.proxy.express import Express
 from offloadd.proxy.gateway import FORWARDED, Gateway
-from offloadd.proxy.leases import Host, LeaseBook
+from offloadd.proxy.lease import Host
+from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.pool import Pool
 from offloadd.state.access import EVERYTHING, Access
 from offloadd.state.desired import DesiredState, ModelSpec

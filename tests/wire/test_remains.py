@@ -18,7 +18,7 @@ from aiohttp import web
 from offloadd.proxy import relay
 from offloadd.proxy.account import Account
 from offloadd.proxy.downstream import Stream
-from offloadd.proxy.leases import Lease
+from offloadd.proxy.lease import Lease
 from offloadd.state.desired import QueueLimits
 from offloadd.units import Seconds
 from tests.wire.rig import ASK, ASK_STREAM, CHAT, STREAM, Peer, Rig, chunked, rigged, sse, until, word

@@ -16,7 +16,7 @@ from offloadd.proxy.dialects import anthropic, anthropic_answers, openai, turns
 from offloadd.proxy.dialects.base import Translation
 from offloadd.proxy.endpoints.common import addressed, ruled
 from offloadd.proxy.gateway import Gateway
-from offloadd.proxy.leases import Lease
+from offloadd.proxy.lease import Lease
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName
 

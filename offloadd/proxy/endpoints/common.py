@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from offloadd.proxy import routing, speech
-from offloadd.proxy.leases import Lease
+from offloadd.proxy.lease import Lease
 from offloadd.state.desired import ModelSpec
 
 Object = dict[str, Any]

@@ -17,7 +17,7 @@ from offloadd.proxy.dialects import openai, responses, responses_answers, respon
 from offloadd.proxy.dialects.base import Translation
 from offloadd.proxy.endpoints.common import addressed, ruled
 from offloadd.proxy.gateway import Gateway
-from offloadd.proxy.leases import Lease
+from offloadd.proxy.lease import Lease
 from offloadd.state.desired import ModelSpec
 from offloadd.state.ids import BackendName
 

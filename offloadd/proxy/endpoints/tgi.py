@@ -15,7 +15,7 @@ from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects import openai, tgi, turns
 from offloadd.proxy.dialects.base import Translation
 from offloadd.proxy.gateway import Gateway
-from offloadd.proxy.leases import Lease
+from offloadd.proxy.lease import Lease
 from offloadd.state.desired import ModelSpec
 
 BY_NAME = "/tgi/{model}"

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from offloadd.errors import RequestError
-from offloadd.proxy.leases import Host, Lease, LeaseBook
+from offloadd.proxy.lease import Host, Lease
+from offloadd.proxy.leases import LeaseBook
 from offloadd.state.actions import Decision, ModelState
 from offloadd.state.desired import ModelSpec, QueueLimits
 from offloadd.state.ids import LOCAL, BackendName, InstanceId, ModelName
@@ -200,7 +201,7 @@ async def test_nothing_is_noted_of_an_instance_whose_last_request_outlives_it(bo
             book.release(lease)
     assert book.demand().idle_since == {}
     assert book.memory._standings == {}
-    assert book._gone == set()
+    assert book._holds._gone == set()
     world.slots = {50: 1}
     last = await book.acquire(SPEC)
     book.release(last)
