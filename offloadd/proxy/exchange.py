@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from offloadd.errors import RequestError
-from offloadd.proxy import headers, upstream
+from offloadd.proxy import headers
 from offloadd.proxy.answer_heads import Head
 from offloadd.proxy.calls import BackendLostError, Call, origin
 from offloadd.proxy.dialects import sse
@@ -19,6 +19,7 @@ from offloadd.proxy.hedging import Hedge
 from offloadd.proxy.lease import Lease
 from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.pool import Pool
+from offloadd.proxy.taker import StaleError
 from offloadd.proxy.upstream import Connection
 from offloadd.state.launch import Endpoint
 from offloadd.units import Seconds
@@ -180,14 +181,14 @@ class Exchange:
         if kept is not None:
             try:
                 await self._send(kept)
-            except upstream.StaleError as stale:
+            except StaleError as stale:
                 await self._again(stale)
             return
         await self._send(await self._pool.connect(endpoint))
 
     async def _again(self, lost: Exception) -> None:
         """On a new connection, if the kept one had been closed: what it was sent nobody had. Else what was lost is lost."""
-        if not isinstance(lost, upstream.StaleError) or self._call.upload is not None:
+        if not isinstance(lost, StaleError) or self._call.upload is not None:
             raise lost
         self._end_hedge()
         self._done = asyncio.get_running_loop().create_future()

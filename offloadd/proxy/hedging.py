@@ -16,7 +16,8 @@ from offloadd.proxy.headers import Fields
 from offloadd.proxy.lease import Lease
 from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.pool import Pool
-from offloadd.proxy.upstream import Connection, Taker
+from offloadd.proxy.taker import Taker
+from offloadd.proxy.upstream import Connection
 from offloadd.state.launch import Endpoint
 from offloadd.units import Seconds, format_seconds
 

@@ -120,7 +120,6 @@ class Passing(Exchange):
     def __init__(self, pool: Pool, book: LeaseBook, lease: Lease, call: Call, stream: Stream) -> None:
         super().__init__(pool, book, lease, call)
         self._stream = stream
-        self._feed = stream.feed  # type: ignore[method-assign]
 
     def _begin(self, head: Head) -> None:
         connection = self._connection
@@ -135,6 +134,9 @@ class Passing(Exchange):
         write = self._stream.raw
         if write is not None and self._exchanged is None:
             connection.pass_through(self._tap.into(write))
+
+    def _feed(self, piece: bytes) -> None:
+        self._stream.feed(piece)
 
     def _end(self, trailer: Fields) -> None:
         if self._tap.given_up:  # its client has been told so by the same words

@@ -13,55 +13,14 @@ import httptools
 
 from offloadd.proxy.answer_heads import AnswerHeads, Head
 from offloadd.proxy.framing import CHUNK_STARTS, COMMON, are_whole_chunks, framing
-from offloadd.proxy.headers import BrokenAnswerError, Fields
+from offloadd.proxy.headers import BrokenAnswerError
+from offloadd.proxy.taker import StaleError, Taker
 
 MAX_HEAD = 64 * 1024
 """An answer's head, or its trailer, or any framing between two pieces of its body, is not longer."""
 MAX_FIELDS = 256
 LEAVING = 60.0
 """So long a backend is given to notice that its client has left, where it cannot be interrupted at once."""
-
-
-class StaleError(ConnectionError):
-    """A connection that had been kept was closed before a byte of the answer came: the request may be sent again on a new one."""
-
-
-class Taker(Protocol):
-    """Who takes one answer. `finish` or `lost` comes last, and once; or `whole` alone, for whoever `takes_whole`."""
-
-    takes_whole: bool
-
-    def whole(self, head: Head, body: bytes) -> None:
-        """All of an answer that is no refusal and came in one piece."""
-        ...
-
-    def begin(self, head: Head) -> None:
-        """Its head is here."""
-        ...
-
-    def feed(self, piece: bytes) -> None:
-        """A piece of its body."""
-        ...
-
-    def finish(self, trailer: Fields) -> None:
-        """It is whole."""
-        ...
-
-    def lost(self, error: Exception) -> None:
-        """It will not be."""
-        ...
-
-    def sign(self) -> None:
-        """Bytes came lately."""
-        ...
-
-    def hold(self) -> None:
-        """The backend takes no more for now."""
-        ...
-
-    def go_on(self) -> None:
-        """It takes more again."""
-        ...
 
 
 class Owner(Protocol):
