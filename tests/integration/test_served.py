@@ -15,18 +15,19 @@ from tests.integration.daemon import CHAT, Daemon, chat, model, running
 
 TELLING = """\
 import json, msgspec, sys
-from offloadd import daemon
 from offloadd.cli import main
-def told(self, served, log=open(sys.argv.pop(1), "a")):
+from offloadd.registry.recorder import Recorder
+def told(self, served, keep=Recorder.served, log=open(sys.argv.pop(1), "a")):
     print(json.dumps(msgspec.structs.asdict(served), default=str), file=log, flush=True)
-daemon.Daemon._served = told
+    keep(self, served)
+Recorder.served = told
 main()
 """
 
 
 @pytest.fixture
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file with one line per request: the daemon's callback writes it."""
+    """A file with one line per request: what the registry is told of is written there too."""
     monkeypatch.setattr(
         "tests.integration.daemon._PATCHED", f"import sys; sys.argv.insert(1, {str(tmp_path / 'book')!r})\n{TELLING}"
     )
