@@ -46,7 +46,7 @@ from offloadd.registry.readers import read_model
 from offloadd.rounds import Premises, Rounds, keep
 from offloadd.runtime.executor import Executor
 from offloadd.runtime.forward import Forwarder
-from offloadd.runtime.instance import Tools
+from offloadd.runtime.instances import Tools
 from offloadd.runtime.launchers.local import LocalLauncher
 from offloadd.runtime.loans import LoanBook
 from offloadd.runtime.lock import locked

@@ -11,9 +11,10 @@ from typing import assert_never
 
 from offloadd.backends.base import Backend
 from offloadd.events import About, EventKind, about
-from offloadd.runtime.instance import Instance, Tools
+from offloadd.runtime.instances import Tools
+from offloadd.runtime.instances.instance import Instance
+from offloadd.runtime.instances.remote import RemoteInstance
 from offloadd.runtime.launchers import Process
-from offloadd.runtime.remote import RemoteInstance
 from offloadd.state.actions import (
     Action,
     AdoptInstance,

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from offloadd.events import EventKind, about
-from offloadd.runtime.instance import Lives
+from offloadd.runtime.instances import Lives
 from offloadd.runtime.launchers import Launcher, Process
 from offloadd.runtime.stop_command import STOP_WITHIN, run_stop_command
 from offloadd.state.desired import Engine

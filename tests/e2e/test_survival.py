@@ -52,7 +52,7 @@ def test_a_newer_program_in_place_under_a_stream(real: Real, tmp_path: Path) -> 
 
 
 def test_a_canary_asks_the_real_server_for_one_token(real: Real, tmp_path: Path) -> None:
-    patches = {"offloadd.runtime.instance.LIVENESS_EVERY": 0.2}
+    patches = {"offloadd.runtime.instances.checks.LIVENESS_EVERY": 0.2}
     models = {"a": real.model(health={"canary": "200ms"})}
     with running(tmp_path, models, llamacpp=real.llamacpp, patches=patches) as daemon:
         pid = daemon.pid()

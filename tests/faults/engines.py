@@ -175,7 +175,7 @@ def held_output(place: Place) -> Outcome:
 def unkillable(place: Place) -> Outcome:
     if not is_root() or not os.path.exists("/dev/fuse"):
         raise Skipped("needs root and /dev/fuse")
-    patches = {"offloadd.runtime.instance.STUCK_AFTER": 0.5}
+    patches = {"offloadd.runtime.instances.stop.STUCK_AFTER": 0.5}
     with hung_disk(place.folder) as disk:
         settings = model(stop_timeout="500ms", env={"STANDIN_TOUCH": disk.path / "file"})
         with running(place.folder, {"a": settings, "b": model()}, patches=patches) as daemon:

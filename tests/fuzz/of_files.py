@@ -17,7 +17,7 @@ from offloadd.observe.devices.ram import Ram, within_cgroups
 from offloadd.registry.discovery.names import proper_aliases, repository_of, slug, uncached
 from offloadd.registry.readers import HeaderError, read_model
 from offloadd.registry.readers.shapes import knows_tools
-from offloadd.runtime import evidence
+from offloadd.runtime.instances import evidence
 from offloadd.runtime.launchers import cgroups, identity
 from offloadd.runtime.logs import printable
 from tests.fuzz.mutate import bent, cut, mutated, mutated_text

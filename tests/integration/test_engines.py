@@ -156,7 +156,7 @@ def test_a_part_that_dies_takes_the_whole_along_and_is_named(daemon: Daemon, nam
 
 
 def test_one_whose_engine_is_stuck_is_found_out(tmp_path: Path) -> None:
-    patches = {"offloadd.plan.upkeep.IDLE_SILENCE": 4.0, "offloadd.runtime.instance.LIVENESS_EVERY": 0.5}
+    patches = {"offloadd.plan.upkeep.IDLE_SILENCE": 4.0, "offloadd.runtime.instances.checks.LIVENESS_EVERY": 0.5}
     stuck = served_by("vllm", run="always", env={"STANDIN_HANG_AFTER_READY": "3"})
     with daemon_of(tmp_path, {"a": stuck}, patches=patches) as daemon:
         first = daemon.pid()
@@ -210,7 +210,7 @@ def test_an_external_engine_that_is_not_there_is_passed_over_and_taken_up_again(
 
 
 def test_an_external_engine_that_dies_is_replaced_by_the_next(tmp_path: Path) -> None:
-    patches = {"offloadd.runtime.remote.LIVENESS_EVERY": 0.3}
+    patches = {"offloadd.runtime.instances.checks.LIVENESS_EVERY": 0.3}
     with (
         elsewhere(tmp_path) as away,
         daemon_of(tmp_path, {"a": served_by("cloud", "llamacpp")}, away.entry, patches=patches) as daemon,

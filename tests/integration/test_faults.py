@@ -311,7 +311,7 @@ def test_a_backend_that_is_stopped_by_hand_is_started_again(tmp_path: Path) -> N
 QUICK = {
     "offloadd.plan.upkeep.IDLE_SILENCE": 1.5,
     "offloadd.plan.upkeep.BUSY_SILENCE": 2.5,
-    "offloadd.runtime.instance.LIVENESS_EVERY": 0.2,
+    "offloadd.runtime.instances.checks.LIVENESS_EVERY": 0.2,
 }
 """The limits of silence, shortened: half a minute and five minutes in the product."""
 
@@ -362,7 +362,7 @@ def test_a_flood_of_log_is_bounded(tmp_path: Path) -> None:
 
 # --- sick -----------------------------------------------------------------------------------------------------------------------
 
-OFTEN = {"offloadd.runtime.instance.LIVENESS_EVERY": 0.2}
+OFTEN = {"offloadd.runtime.instances.checks.LIVENESS_EVERY": 0.2}
 
 
 def test_dead_inference_behind_good_health_is_found_by_a_canary(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_a_canary_does_not_disturb_work(tmp_path: Path) -> None:
 
 
 def test_a_silent_replica_is_passed_over_before_it_is_replaced(tmp_path: Path) -> None:
-    patches = {**OFTEN, "offloadd.runtime.instance.IDLE_ANSWER": 0.3, "offloadd.runtime.instance.DOUBT_EVERY": 0.1}
+    patches = {**OFTEN, "offloadd.runtime.instances.checks.IDLE_ANSWER": 0.3, "offloadd.runtime.instances.checks.DOUBT_EVERY": 0.1}
     with running(tmp_path, {"a": model(replicas=2, parallel=4, stop_timeout="500ms")}, patches=patches) as daemon:
         until(lambda: [i["state"] for i in daemon.look()["instances"]] == ["ready", "ready"], "both are ready")
         frozen, other = (i["instance"] for i in daemon.look()["instances"])

@@ -191,7 +191,7 @@ def test_one_that_fell_asleep_unseen_is_looked_at_before_its_promise_is_lowered(
 
 def test_one_that_others_have_woken_is_stopped(tmp_path: Path) -> None:
     nvml = cards(tmp_path, 1)
-    patches = {"offloadd.rounds.REFRESH": 0.2, "offloadd.runtime.instance.LIVENESS_EVERY": 0.5}
+    patches = {"offloadd.rounds.REFRESH": 0.2, "offloadd.runtime.instances.checks.LIVENESS_EVERY": 0.5}
     with used_once(nvml, tmp_path, {"v": sleepy(8)}, patches=patches) as daemon:
         found = slept(daemon)
         _order(found["instances"][0]["port"], "/wake_up")

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from offloadd.backends.base import default_exit
-from offloadd.runtime.evidence import Evidence, machine_oom_kills, weigh
+from offloadd.runtime.instances.evidence import Evidence, machine_oom_kills, weigh
 from offloadd.state.launch import ExitCause, ExitKind, ExitStatus
 from offloadd.units import Bytes
 

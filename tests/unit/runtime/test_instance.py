@@ -12,8 +12,8 @@ import pytest
 from offloadd.accounts import Account
 from offloadd.backends.llamacpp import BACKEND
 from offloadd.clock import SystemClock
-from offloadd.runtime import instance as subject
-from offloadd.runtime.instance import Instance, Tools
+from offloadd.runtime.instances import Tools, stop
+from offloadd.runtime.instances.instance import Instance
 from offloadd.runtime.launchers import Remains
 from offloadd.runtime.logs import LogFolder
 from offloadd.state.actions import StartInstance, StopReason
@@ -143,7 +143,7 @@ async def test_everything_is_written_down_before_it_is_done(tmp_path: Path) -> N
 
 
 async def test_a_process_that_sigkill_does_not_end_is_told_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "STUCK_AFTER", Seconds(0.02))
+    monkeypatch.setattr(stop, "STUCK_AFTER", Seconds(0.02))
     script = Script()
     instance = begin(script, tmp_path)
     running = asyncio.create_task(instance.run())

@@ -10,7 +10,7 @@ from contextlib import suppress
 from offloadd.backends.base import Backend
 from offloadd.backends.external import endpoint_of
 from offloadd.events import EventKind, about
-from offloadd.runtime.instance import LIVENESS_EVERY, PROBE_FIRST, PROBE_SLOWEST, Tools
+from offloadd.runtime.instances import Tools, checks
 from offloadd.state.actions import StartInstance, StopReason
 from offloadd.state.desired import Engine
 from offloadd.state.ids import DeviceId
@@ -99,15 +99,15 @@ class RemoteInstance:
 
     async def run(self) -> ExitRecord:
         """Check it until it is given up or no longer wanted."""
-        checks = asyncio.create_task(self._check())
+        checking = asyncio.create_task(self._check())
         stopped = asyncio.create_task(self._stopping.wait())
         try:
-            await asyncio.wait({checks, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            cause = ExitCause(kind=ExitKind.STOPPED, message=self._stop_why) if self._stop_reason else await checks
+            await asyncio.wait({checking, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            cause = ExitCause(kind=ExitKind.STOPPED, message=self._stop_why) if self._stop_reason else await checking
         finally:
-            for task in (checks, stopped):
+            for task in (checking, stopped):
                 task.cancel()
-            await asyncio.gather(checks, stopped, return_exceptions=True)
+            await asyncio.gather(checking, stopped, return_exceptions=True)
         self._enter(InstanceState.STOPPING)
         self._tools.hang_up(self.id, cause.message, False)
         return self.record(ExitStatus(), cause)
@@ -133,7 +133,7 @@ class RemoteInstance:
         """Until it misses several checks in a row; what it said last is the cause."""
         probes = self.backend.probes(self._action.spec)
         for probe in probes.readiness:
-            if lost := await self._answered(probe, PROBE_FIRST):
+            if lost := await self._answered(probe, checks.PROBE_FIRST):
                 return lost
         self._ready_at = self._last_sign = self._tools.clock.now()
         if self._state is InstanceState.LOADING:
@@ -142,9 +142,9 @@ class RemoteInstance:
             log.info("%s: %s answers, after %s", self.id, self._endpoint.url, format_seconds(took), extra=said)
             self._enter(InstanceState.READY)
         while True:
-            await asyncio.sleep(LIVENESS_EVERY)
+            await asyncio.sleep(checks.LIVENESS_EVERY)
             quiet = self._tools.clock.now() - (self._last_sign or self._since)
-            if quiet >= LIVENESS_EVERY and (lost := await self._answered(probes.liveness, PROBE_SLOWEST)):
+            if quiet >= checks.LIVENESS_EVERY and (lost := await self._answered(probes.liveness, checks.PROBE_SLOWEST)):
                 return lost
 
     async def _answered(self, probe: Probe, pause: Seconds) -> ExitCause | None:
