@@ -11,7 +11,7 @@ from tests.fuzz.table import parsers, tried
 
 def main() -> int:
     asked = argparse.ArgumentParser(prog="make fuzz")
-    asked.add_argument("--runs", type=int, help="of each parser; default: as in `make test`")
+    asked.add_argument("--runs", type=int, help="of each parser; default: as in `make test`, or as many as the seconds allow")
     asked.add_argument("--seconds", type=float, help="of processor time for each parser, after which the next has its turn")
     asked.add_argument("--seed", type=int, default=0, help="number of the first run; runs of one number are alike")
     asked.add_argument("--only", default="", help="part of a parser's name")
@@ -20,7 +20,8 @@ def main() -> int:
     for parser in parsers():
         if given.only not in parser.name:
             continue
-        left, done, spent = given.runs or parser.runs, 0, 0.0
+        left = given.runs or (sys.maxsize if given.seconds else parser.runs)
+        done, spent = 0, 0.0
         try:
             while left > 0 and (given.seconds is None or spent < given.seconds):
                 some = min(left, 200)
