@@ -63,8 +63,9 @@ def test_books_of_a_control_group_with_numbers_that_are_none(tmp_path: Path) -> 
     assert Group(tmp_path).evidence().peak == 4096
 
 
-def test_groups_without_end_are_looked_up_soon(tmp_path: Path) -> None:
-    (tmp_path / "cgroup").write_text("0::" + "/a" * 100_000 + "\n")
+@pytest.mark.parametrize("membership", ["0::" + "/a" * 100_000 + "\n", "0::/a/b\n1:memory:/a/b\n" * 50_000])
+def test_groups_without_end_are_looked_up_soon(tmp_path: Path, membership: str) -> None:
+    (tmp_path / "cgroup").write_text(membership)
     (tmp_path / "memory.max").write_text("9" * 5000)
     (tmp_path / "memory.current").write_text("0")
     began = time.thread_time()

@@ -55,18 +55,21 @@ def within_cgroups(ram: Ram, *, cgroups: Path = CGROUPS, membership: Path = MEMB
 
 
 def _groups(cgroups: Path, membership: Path) -> Iterator[tuple[Path, _Names]]:
-    """The group of this process and its parents up to the mount, for each hierarchy that manages memory."""
+    """The group of this process and its parents up to the mount, for each of the two hierarchies that manage memory."""
     try:
         lines = membership.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
+    groups: dict[_Names, tuple[Path, str]] = {}
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if not controllers:
-            yield from ((folder, _V2) for folder in _upwards(cgroups, path))
+            groups.setdefault(_V2, (cgroups, path))
         elif "memory" in controllers.split(","):
-            yield from ((folder, _V1) for folder in _upwards(cgroups / "memory", path))
+            groups.setdefault(_V1, (cgroups / "memory", path))
+    for names, (mount, path) in groups.items():
+        yield from ((folder, names) for folder in _upwards(mount, path))
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:
