@@ -8,6 +8,8 @@ from random import Random
 from typing import Any
 
 NUMBERS = (0, 1, -1, 2, 255, 256, 2**31, 2**32 - 1, 2**53, 2**63, 2**64, -(2**63), 10**30, 0.5, -0.0, 1e308)
+LARGE = 100_000
+"""Characters of a list that is not repeated thirty times over."""
 _DEEP: list[Any] = []
 for _ in range(40):
     _DEEP = [_DEEP]
@@ -87,7 +89,9 @@ def _bend(rng: Random, holder: list[Any]) -> None:
                 rng.choice(_ODD)
             )
         case 2 if isinstance(where, list):
-            where.extend(copy.deepcopy(where[:200]) * rng.choice((1, 1, 30)))
+            more = where[:200]
+            # What takes long is to be the parser, and not the making of a hundred megabytes for it.
+            where.extend(copy.deepcopy(more) * (rng.choice((1, 1, 30)) if len(repr(more)) < LARGE else 1))
         case 3:
             other, name = rng.choice(places)
             where[key] = copy.deepcopy(other[name])
