@@ -220,8 +220,13 @@ class Server:
             return await _spoilt(how)
         await asyncio.sleep(float(os.environ.get("STANDIN_WAKE_S", "0")))
         self._parts -= set(tags or self._parts)
+        if not self._parts and how == "dies":
+            self._engine.order("die")
+            while not self._dead:  # it asks the engine to wake, and has no answer from it
+                await asyncio.sleep(_POLL_S)
+            return _json(bodies.engine_died(), 500)
         if not self._parts:
-            self._engine.order("die" if how == "dies" else "wake")
+            self._engine.order("wake")
             self._asleep = 0
         return _json({"status": "awake", "tags": tags or None})
 
