@@ -119,10 +119,11 @@ class Sleep:
         standing = self._standing
         while standing.state is InstanceState.FALLING_ASLEEP and standing.keeps is None:
             await standing.told(checks.PROBE_SLOWEST)
-        if standing.state is InstanceState.FALLING_ASLEEP and standing.keeps is not None:
-            await self._diary.note(asleep=standing.keeps)  # ahead of the books: a daemon after us must not promise it more
+        keeps = standing.keeps
+        if standing.state is InstanceState.FALLING_ASLEEP and keeps is not None:
+            await self._diary.note(asleep=keeps)  # ahead of the books: a daemon after us must not promise it more
             if standing.state is InstanceState.FALLING_ASLEEP:
-                self._rest(standing.keeps)
+                self._rest(keeps)  # what is written, though it may have been told another figure meanwhile
         while standing.state is InstanceState.SLEEPING:
             if not await standing.told(checks.LIVENESS_EVERY):
                 await self._look()

@@ -97,8 +97,8 @@ async def answers(endpoint: Endpoint, probe: Probe) -> ProbeReply:
     return ProbeReply(status=200, body=body)
 
 
-def begin(script: Script, folder: Path) -> Instance:
-    tools = Tools(
+def tools_of(script: Script, folder: Path) -> Tools:
+    return Tools(
         clock=SystemClock(),
         launcher=script,
         logs=LogFolder(folder),
@@ -112,7 +112,10 @@ def begin(script: Script, folder: Path) -> Instance:
         health=lambda instance: HealthPolicy(),
         hang_up=lambda instance, why, died: None,
     )
-    return Instance(ACTION, BACKEND, ENGINE, tools)
+
+
+def begin(script: Script, folder: Path) -> Instance:
+    return Instance(ACTION, BACKEND, ENGINE, tools_of(script, folder))
 
 
 async def become(instance: Instance, wanted: InstanceState) -> None:
