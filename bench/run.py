@@ -188,8 +188,8 @@ def _measure(subject: Subject, processes: Processes, tools: Tools, options: argp
     return result
 
 
-def _per_chunk(subject: Subject, processes: Processes, tools: Tools, seconds: float) -> float:
-    """CPU time for each chunk of 100 streams that are under way, 100 chunks a second each."""
+def _per_chunk(subject: Subject, processes: Processes, tools: Tools, seconds: float) -> float | None:
+    """CPU time for each chunk of 100 streams that are under way, 100 chunks a second each; None when no chunk came in time."""
     argv = [str(tools.load), "hold", str(subject.port), CHAT, "100", str(seconds), "1000000"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as client:
         assert client.stdout is not None
@@ -199,7 +199,7 @@ def _per_chunk(subject: Subject, processes: Processes, tools: Tools, seconds: fl
         time.sleep(seconds * 0.8)
         used, took = processes.cpu_s() - before, time.monotonic() - began
         found = json.loads(client.stdout.read())
-    return used / (found["rate"] * took) * 1e6
+    return used / (found["rate"] * took) * 1e6 if found["rate"] else None
 
 
 def _held(subject: Subject, processes: Processes, tools: Tools, count: int) -> float:
