@@ -118,7 +118,7 @@ class Serving:
         # A client that leaves must end its handler: aiohttp leaves that off by default.
         options = {"handler_cancellation": True, "access_log": None, "shutdown_timeout": 1.0, "keepalive_timeout": IDLE}
         express = Express(lambda: gateway.names, parts.book, parts.pool, accounts, new_id)
-        lane = Lane(door.access, door.allowed_hosts, express.take)
+        lane = Lane(door.access, door.allowed_hosts, express.take, parts.pool.turn)
         runner = Runner(app, self.patience, door.max_body, lane, **options)
         await runner.setup()
         logging.getLogger("offloadd").addHandler(parts.control.meters.handler)

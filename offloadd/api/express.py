@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from offloadd.heads import parted
+from offloadd.proxy.turn import Turn
 from offloadd.state.access import Access, Caller, KeyLimits
 from offloadd.state.judged import Judged
 
@@ -43,11 +44,12 @@ Take = Callable[[Judged, bytes, Any], Errand | None]
 class Lane:
     """What is remembered of heads, as long as the rules are the same."""
 
-    def __init__(self, access: Callable[[], Access], hosts: Callable[[], Collection[str]], take: Take) -> None:
+    def __init__(self, access: Callable[[], Access], hosts: Callable[[], Collection[str]], take: Take, turn: Turn) -> None:
         """`access` and `hosts` give other objects when the rules have changed."""
         self._access = access
         self._hosts = hosts
         self._take = take
+        self.turn = turn
         self._rules: tuple[Access, Collection[str]] | None = None
         self._secret = os.urandom(32)
         self._known: dict[bytes, Judged] = {}

@@ -93,6 +93,7 @@ class Fronts:
     def __init__(self, app: web.Application, server: web.Server, patience: Patience, max_body: int, lane: Lane) -> None:
         self.server = server
         self.lane = lane
+        self.turn = lane.turn
         self.patience = patience
         self.max_body = max_body
         self.most = min(MAX_PLAIN, max_body)
@@ -141,6 +142,7 @@ class Front(BaseProtocol):
         "_all",
         "_asked",
         "_body",
+        "_come",
         "_early",
         "_early_size",
         "_ending",
@@ -168,6 +170,8 @@ class Front(BaseProtocol):
         self._reader: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._early: list[bytes] = []
         self._early_size = 0
+        self._come = b""
+        """What has come and waits for its turn."""
         self.task: asyncio.Task[None] | None = None
         self._errand: Errand | None = None
         """What is under way without a task."""
@@ -206,6 +210,7 @@ class Front(BaseProtocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         """The client has left, which ends what is under way for it."""
         self._all.patience.leave(self.transport)
+        self._come = b""
         self._let_go()
         super().connection_lost(exc)
         if self.task is not None:
@@ -240,13 +245,29 @@ class Front(BaseProtocol):
     def data_received(self, data: bytes) -> None:
         """Bytes of a request; those of the next one wait until this one is over."""
         if self.task is None and self._errand is None:
-            if self._raw or not self._begin(data):
+            if self._raw:
                 self._read(data)
+            elif self._come:
+                self._come += data
+            else:
+                self._come = data
+                self._all.turn.request(self)
             return
         self._early.append(data)
         self._early_size += len(data)
         if self.transport is not None and self._early_size > MAX_EARLY:
             self.transport.pause_reading()
+
+    def received(self) -> None:
+        """Its turn has come."""
+        data, self._come = self._come, b""
+        if data and not self._begin(data):
+            self._read(data)
+
+    def abort(self) -> None:
+        """Close it, whatever is under way."""
+        if self.transport is not None:
+            self.transport.abort()
 
     def _begin(self, data: bytes) -> bool:
         """Whether a whole request could begin at once, without a task."""

@@ -295,7 +295,11 @@ class Errand:
         keep, transport = self._judged.keep_alive, self._client.transport
         if transport is not None and not transport.is_closing():
             end = b"\r\n" if keep else connection_line(self, keep_alive=False)
-            transport.write(whole_head(status, lines, self._own(), len(body), end) + body)
+            whole = whole_head(status, lines, self._own(), len(body), end) + body
+            if keep:
+                self._all.pool.turn.write(transport, whole)
+            else:
+                transport.write(whole)  # it is closed at once
         self._end(status, keep=keep)
 
     def _failed(self, error: Exception) -> None:

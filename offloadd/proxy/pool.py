@@ -8,6 +8,7 @@ import ssl
 import time
 
 from offloadd.proxy.answer_heads import AnswerHeads
+from offloadd.proxy.turn import Turn
 from offloadd.proxy.upstream import Connection
 from offloadd.state.launch import Endpoint
 
@@ -27,6 +28,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.heads = AnswerHeads()
+        self.turn = Turn()
         self._idle: dict[str, list[Connection]] = {}
         self._open: set[Connection] = set()
         self._sweep: asyncio.TimerHandle | None = None

@@ -15,6 +15,7 @@ from offloadd.proxy.answer_heads import AnswerHeads, Head
 from offloadd.proxy.framing import CHUNK_STARTS, COMMON, are_whole_chunks, framing
 from offloadd.proxy.headers import BrokenAnswerError
 from offloadd.proxy.taker import StaleError, Taker
+from offloadd.proxy.turn import Turn
 
 MAX_HEAD = 64 * 1024
 """An answer's head, or its trailer, or any framing between two pieces of its body, is not longer."""
@@ -27,6 +28,7 @@ class Owner(Protocol):
     """Who keeps connections."""
 
     heads: AnswerHeads
+    turn: Turn
 
     def give_back(self, connection: Connection, *, keep: bool) -> None:
         """Its answer is whole."""
@@ -44,6 +46,7 @@ class Connection(asyncio.Protocol):
         "_begun",
         "_between",
         "_bodiless",
+        "_come",
         "_ended",
         "_fields",
         "_gone",
@@ -86,6 +89,8 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._gone: asyncio.Future[None] | None = None
         self._pieces: list[bytes] = []
+        self._come = b""
+        """What has come and waits for its turn."""
         self._lasting = False
         self._reset(bodiless=False)
 
@@ -116,7 +121,7 @@ class Connection(asyncio.Protocol):
         if body and len(body) > MAX_HEAD:
             self._transport.writelines((head, body))
         else:
-            self._transport.write(head + body if body else head)
+            self._pool.turn.write(self._transport, head + body if body else head)
 
     async def write(self, data: bytes) -> None:
         """Send more of the request's body, as fast as the backend takes it."""
@@ -166,6 +171,7 @@ class Connection(asyncio.Protocol):
         if transport is None or transport.is_closing() or not transport.can_write_eof():
             self.abort()
             return None
+        self._pool.turn.flush()
         self._taker = self._through = None  # whatever still comes closes it at once
         loop = asyncio.get_running_loop()
         self._gone = loop.create_future()
@@ -198,6 +204,21 @@ class Connection(asyncio.Protocol):
                 # Where the parser stands, between two chunks, it stands behind them as well: so it need not see them.
                 through(data)
                 return
+        if self._taker is None or not self._taker.takes_whole:
+            self._read(data)
+        elif self._come:
+            self._come += data
+        else:
+            self._come = data
+            self._pool.turn.answer(self)
+
+    def received(self) -> None:
+        """Its turn has come."""
+        data, self._come = self._come, b""
+        if data:
+            self._read(data)
+
+    def _read(self, data: bytes) -> None:
         taker, parser = self._taker, self._parser
         if taker is None or parser is None:
             self.abort()
@@ -263,6 +284,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """It is closed. That ends an answer without a length, and breaks any other."""
+        self.received()
         self._transport = None
         self._parser = None  # it holds our methods: a ring that would wait for the collector
         self._pool.discard(self)

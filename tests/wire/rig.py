@@ -280,7 +280,7 @@ async def rigged(
     routes = [*gateway.routes(), *Responses(gateway, accounts, lambda _spec, _engine: EngineApi()).routes()]
     app = build_app(None, routes, gateway.find, door, accounts.close, shaped, gateway.tell_begun)  # type: ignore[arg-type]
     express = Express(lambda: gateway.names, book, pool, accounts, new_id)
-    lane = Lane(door.access, door.allowed_hosts, express.take)
+    lane = Lane(door.access, door.allowed_hosts, express.take, pool.turn)
     if known_heads.get():
         for path in FORWARDED:
             fields = ((b"Host", b"localhost"), (b"Content-Length", b"1"))
