@@ -194,7 +194,8 @@ class Serving:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""
         self._parts.control.meters.served(served)
         self._recent.served(served)
-        self._meter.spend(caller(), (served.prompt_tokens or 0) + (served.completion_tokens or 0))
+        if served.key:  # else nobody with limits of their own
+            self._meter.spend(caller(), (served.prompt_tokens or 0) + (served.completion_tokens or 0))
         self._parts.recorder.served(served)
 
     def _allowed_hosts(self) -> frozenset[str]:

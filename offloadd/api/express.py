@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from offloadd.heads import parted
-from offloadd.proxy.turn import Turn
 from offloadd.state.access import Access, Caller, KeyLimits
 from offloadd.state.judged import Judged
+from offloadd.turn import Turn
 
 REMEMBERED = 1024
 """Heads; the one that was learned first is forgotten first."""
@@ -51,15 +51,24 @@ class Lane:
         self._take = take
         self.turn = turn
         self._rules: tuple[Access, Collection[str]] | None = None
+        self._made_sure = 0
+        """The turn in which these were seen to be the present ones."""
         self._secret = os.urandom(32)
         self._known: dict[bytes, Judged] = {}
 
     def start(self, data: bytes, client: object) -> Errand | None:
         """Begin a request that is here as a whole, if its head is known and it can begin at once."""
         parts = parted(data, LONGEST)
-        judged = None if parts is None else self._known.get(self._digest(parts[0]))
-        if parts is None or judged is None or not self.holds(self._rules):
+        if parts is None:
             return None
+        judged = self._known.get(self._digest(parts[0]))
+        if judged is None:
+            return None
+        number = self.turn.number
+        if not number or number != self._made_sure:
+            if not self.holds(self._rules):
+                return None
+            self._made_sure = number
         return self._take(judged, parts[1], client)
 
     @property
@@ -86,6 +95,7 @@ class Lane:
         if not self.holds(self._rules):
             self._known.clear()
             self._rules = rules
+            self._made_sure = 0
         if len(self._known) >= REMEMBERED:
             del self._known[next(iter(self._known))]
         kept = tuple(pair for pair in fields if pair[0].lower() != b"content-length")

@@ -370,6 +370,10 @@ class Front(BaseProtocol):
         request._read_bytes = body
         return request
 
+    def goes_on(self, errand: Errand) -> None:
+        """What is under way is this now."""
+        self._errand = errand
+
     def resort(self, judged: Judged, body: bytes, number: str, prepare: Callable[[web.Request], None]) -> None:
         """What began without a task came to nothing: what remains to be done is an ordinary request's, of the same number."""
         self._errand = None
@@ -383,9 +387,10 @@ class Front(BaseProtocol):
     def ended(self, *, keep: bool) -> None:
         """What was under way is over. `keep`: another request may follow on the connection."""
         self.task = self._errand = None
-        if self._ending is not None and not self._ending.done():
-            self._ending.set_result(None)
-        self._ending = None
+        if self._ending is not None:
+            if not self._ending.done():
+                self._ending.set_result(None)
+            self._ending = None
         transport, known = self.transport, self._known
         if transport is None or known is None:
             return
@@ -393,7 +398,8 @@ class Front(BaseProtocol):
             transport.close()
             return
         known.wait(IDLE, self._all.patience.now())
-        self._reset()
+        if self._asked:  # else nothing of it was read
+            self._reset()
         if self._early:
             early, self._early, self._early_size = b"".join(self._early), [], 0
             if len(early) > MAX_EARLY:

@@ -8,7 +8,10 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import count
+
+import msgspec
+from msgspec.structs import replace
 
 from offloadd.errors import RequestError
 from offloadd.events import About, EventKind, event_of
@@ -24,6 +27,10 @@ NAMES = 2000
 KEPT_BYTES = 3 * 2**20
 """what that may take of memory, for each of the four: a few hundred instances, or two thousand requests. The one that was heard of
 longest ago is forgotten first."""
+KEPT_ENDS = 2000
+"""Requests of which it is remembered how they ended, beside the latest of each model: so many over all models again."""
+LONGEST_REASON = 300
+"""Characters kept of why one ended so."""
 BACKLOG = 500
 """Events that a follower may be behind; one that is slower is told so and let go."""
 MAX_FOLLOWERS = 64
@@ -32,8 +39,7 @@ LONGEST = 2000
 _NAME_BYTES = 300
 _ENTRY_BYTES = 700
 _VALUE_BYTES = 120
-_ENDED_BYTES = 900
-"""What a name, an event, each of its values and a request's end were measured to take, their texts aside."""
+"""What a name, an event and each of its values were measured to take, their texts aside. A request's end takes 900."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,17 +60,12 @@ class Entry:
         return _ENTRY_BYTES + len(self.message) + sum(_VALUE_BYTES + (len(each) if isinstance(each, str) else 0) for each in values)
 
 
-class _Ended(NamedTuple):
+class _Ended(msgspec.Struct, gc=False):
     """A request that is over. What there is to say of it is put into words when somebody asks, which nobody does for most."""
 
     number: int
     at: float
     served: Served
-
-    @property
-    def size(self) -> int:
-        """Bytes of memory, about."""
-        return _ENDED_BYTES + len(self.served.reason)
 
     def told(self) -> Entry:
         served = self.served
@@ -101,10 +102,10 @@ class _Ring:
     """The latest entries of each of the latest names."""
 
     def __init__(self) -> None:
-        self._by_name: OrderedDict[str, list[Entry | _Ended]] = OrderedDict()  # most have few: a deque begins with room for 64
+        self._by_name: OrderedDict[str, list[Entry]] = OrderedDict()  # most have few: a deque begins with room for 64
         self._size = 0
 
-    def add(self, name: str, entry: Entry | _Ended) -> None:
+    def add(self, name: str, entry: Entry) -> None:
         if not name:
             return
         known = self._by_name.get(name)
@@ -123,7 +124,40 @@ class _Ring:
             self._size -= _NAME_BYTES + sum(each.size for each in gone)
 
     def of(self, name: str) -> list[Entry]:
-        return [each if isinstance(each, Entry) else each.told() for each in self._by_name.get(name, ())[-KEPT_EACH:]]
+        return self._by_name.get(name, [])[-KEPT_EACH:]
+
+
+class _Ends:
+    """How the latest requests ended: over all, and of each model apart, so that a busy one does not push those of others out.
+
+    Most of what is written here nobody reads: so writing is all that has to be quick.
+    """
+
+    def __init__(self) -> None:
+        self._latest: deque[_Ended] = deque(maxlen=KEPT_ENDS)
+        self._by_model: OrderedDict[str, deque[_Ended]] = OrderedDict()
+        self._count = 0
+
+    def add(self, ended: _Ended) -> None:
+        model = ended.served.model or ""
+        known = self._by_model.get(model)
+        if known is None:
+            known = self._by_model[model] = deque(maxlen=KEPT_EACH)
+        else:
+            self._by_model.move_to_end(model)
+        if len(known) < KEPT_EACH:
+            self._count += 1
+        known.append(ended)
+        self._latest.append(ended)
+        while self._count > KEPT_ENDS:
+            _, gone = self._by_model.popitem(last=False)
+            self._count -= len(gone)
+
+    def of_model(self, name: str) -> list[Entry]:
+        return [each.told() for each in self._by_model.get(name, ())]
+
+    def of_request(self, name: str) -> list[Entry]:
+        return [each.told() for each in self._latest if each.served.request == name]
 
 
 class Recent(logging.Handler):
@@ -133,11 +167,13 @@ class Recent(logging.Handler):
         super().__init__()
         self._wall = wall
         self._loop_thread = threading.get_ident()
-        self._number = 0
+        self._numbers = count(1)
         self._all: deque[Entry] = deque(maxlen=KEPT)
         self._models, self._instances, self._requests = _Ring(), _Ring(), _Ring()
-        self._served = _Ring()
-        """Of each model, how its latest requests ended: apart, so that many requests don't push decisions out."""
+        self._waits = _Ring()
+        """Of each model, which requests had to wait: apart, so that many requests don't push decisions out."""
+        self._ends = _Ends()
+        """Written and read on the loop's thread only, and so without a lock."""
         self._followers: list[Follower] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -153,15 +189,13 @@ class Recent(logging.Handler):
         entry = self._entry(about, f"waits for {model}: {why}", "debug", self._wall())
         with self._guard():
             self._requests.add(request, entry)
-            self._served.add(model, entry)
+            self._waits.add(model, entry)
 
     def served(self, served: Served) -> None:
         """A request is over."""
-        with self._guard():
-            self._number += 1
-            entry = _Ended(self._number, self._wall(), served)
-            self._requests.add(served.request, entry)
-            self._served.add(served.model or "", entry)
+        if len(served.reason) > LONGEST_REASON:
+            served = replace(served, reason=served.reason[:LONGEST_REASON])
+        self._ends.add(_Ended(next(self._numbers), self._wall(), served))
 
     def latest(self) -> list[Entry]:
         """The latest events, oldest first."""
@@ -181,12 +215,12 @@ class Recent(logging.Handler):
     def requests_of(self, model: str) -> list[Entry]:
         """How its latest requests fared."""
         with self._guard():
-            return self._served.of(model)
+            return _in_order([*self._waits.of(model), *self._ends.of_model(model)])[-KEPT_EACH:]
 
     def of_request(self, name: str) -> list[Entry]:
         """What one request met."""
         with self._guard():
-            return self._requests.of(name)
+            return _in_order([*self._requests.of(name), *self._ends.of_request(name)])[-KEPT_EACH:]
 
     def follow(self) -> Follower:
         """Be told everything from now on; RequestError when too many are told already."""
@@ -209,8 +243,7 @@ class Recent(logging.Handler):
         return self.lock
 
     def _entry(self, about: About, message: str, level: str, at: float) -> Entry:
-        self._number += 1
-        return Entry(number=self._number, at=at, level=level, message=message[:LONGEST], about=about)
+        return Entry(number=next(self._numbers), at=at, level=level, message=message[:LONGEST], about=about)
 
     def _add(self, about: About, message: str, level: str, at: float) -> None:
         entry = self._entry(about, message, level, at)
@@ -226,6 +259,10 @@ class Recent(logging.Handler):
 
     def _spread(self, entry: Entry) -> None:
         self._followers = [follower for follower in self._followers if follower.put(entry)]
+
+
+def _in_order(entries: list[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: entry.number)
 
 
 def shown(entry: Entry) -> Mapping[str, object]:

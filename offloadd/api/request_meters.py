@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -18,6 +19,8 @@ _FIRST = (0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BETWEEN = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _LASTS = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _KINDS = ("prompt", "cached", "completion")
+MAX_PLACES = 4096
+"""Kinds of requests that are found with one look."""
 
 
 class _Spread:
@@ -59,28 +62,40 @@ class _Engine:
         self.tokens = [0, 0, 0]
 
 
+class _Place(NamedTuple):
+    """Where requests of one kind are counted."""
+
+    ended: list[int]
+    """One number: how many ended so."""
+    model: _Model
+    engine: _Engine
+
+
 class RequestMeters(Collector):
     """Counters and histograms of requests. `known` gives the label for a name, of which there are not too many."""
 
     def __init__(self, known: Callable[[str], str]) -> None:
         self._known = known
-        self._ends: dict[tuple[str, str, str, int], int] = {}
+        self._ends: dict[tuple[str, str, str, int], list[int]] = {}
         self._hedges: dict[tuple[str, str], int] = {}
         self._models: dict[str, _Model] = {}
         self._engines: dict[tuple[str, str], _Engine] = {}
+        self._places: dict[tuple[str | None, str | None, str, str, int], _Place] = {}
+        """By what requests say: found again with one look."""
 
     def served(self, served: Served) -> None:
         """One inference request is over."""
-        name, backend = self._known(served.model or ""), self._known(served.backend or "")
-        end = (name, served.path, served.fate.value, served.status)  # whose hash costs no call
-        self._ends[end] = self._ends.get(end, 0) + 1
+        fate = served.fate._value_  # as `value` says, without a call
+        kind = (served.model, served.backend, served.path, fate, served.status)
+        place = self._places.get(kind) or self._place(*kind)
+        place.ended[0] += 1
         if served.hedged:
+            name = self._known(served.model or "")
             self._hedges[name, served.hedged] = self._hedges.get((name, served.hedged), 0) + 1
-        model = self._models.get(name) or self._models.setdefault(name, _Model())
+        model, engine = place.model, place.engine
         model.lasts.add(served.duration)
         if served.waited is not None:
             model.waits.add(served.waited)
-        engine = self._engines.get((name, backend)) or self._engines.setdefault((name, backend), _Engine())
         if served.streamed and served.first_byte is not None:  # any other answer comes whole, at its end
             engine.first.add(served.first_byte)
         if served.tokens_per_second:
@@ -89,6 +104,17 @@ class RequestMeters(Collector):
         tokens[0] += served.prompt_tokens or 0
         tokens[1] += served.cached_tokens or 0
         tokens[2] += served.completion_tokens or 0
+
+    def _place(self, model: str | None, backend: str | None, path: str, fate: str, status: int) -> _Place:
+        if len(self._places) >= MAX_PLACES:
+            self._places.clear()
+        name, engine = self._known(model or ""), self._known(backend or "")
+        place = self._places[model, backend, path, fate, status] = _Place(
+            self._ends.setdefault((name, path, fate, status), [0]),
+            self._models.setdefault(name, _Model()),
+            self._engines.setdefault((name, engine), _Engine()),
+        )
+        return place
 
     def collect(self) -> Iterator[Metric]:
         """The metrics as they are now."""
@@ -109,7 +135,7 @@ class RequestMeters(Collector):
         text = "Inference requests, by how they ended"
         requests = CounterMetricFamily("offloadd_requests", text, labels=("model", "path", "fate", "code"))
         missed: dict[tuple[str, str], int] = {}
-        for (name, path, fate, status), count in self._ends.items():
+        for (name, path, fate, status), (count,) in self._ends.items():
             requests.add_metric((name, path, fate, str(status)), count)
             if hop := _HOPS.get(fate):
                 missed[hop, str(status)] = missed.get((hop, str(status)), 0) + count

@@ -10,6 +10,7 @@ from offloadd.plan.balance import Seat, beyond, pick
 from offloadd.state.actions import Decision, ModelState
 from offloadd.state.desired import ModelSpec, RunMode
 from offloadd.state.ids import InstanceId
+from offloadd.state.observed import Signal
 from offloadd.units import Instant, Seconds, counted, format_seconds
 
 PATIENCE = Seconds(5)
@@ -53,7 +54,7 @@ def admit(
     """Decide about the request next in line; `waiting` counts those before it in the queue, `known` has its conversation cached."""
     best = None if waiting else pick(seats, now=now, known=known)
     if best is not None:
-        why = _why(best.instance, best.leases, best.slots, beyond(best, now=now), best.instance == known)
+        why = _why(best.instance, best.leases, best.slots, beyond(best.signal, now=now), best.instance == known)
         return Granted(instance=best.instance, why=why)
     refusal = None if seats else hopeless(spec, decision, now=now)
     if refusal:
@@ -62,6 +63,13 @@ def admit(
         message = f"{spec.name} has {waiting} requests waiting, which is its limit (queue.max_waiting)"
         return Refused(status=429, code="queue_full", message=message, retry_after=retry_after(None if seats else decision))
     return Queued()
+
+
+def admit_sole(instance: InstanceId, leases: int, slots: int, heard: Signal | None, *, now: Instant) -> str | None:
+    """As `admit` of the next in line for a model's only instance, which has not failed lately: why it is granted, else None."""
+    if leases >= slots:
+        return None
+    return _why(instance, leases, slots, 0 if heard is None else beyond(heard, now=now), False)
 
 
 @lru_cache(maxsize=1024)  # there are few such sentences, and many requests

@@ -102,13 +102,12 @@ def after_failure(standing: Standing, *, now: Instant) -> Standing:
     return Standing(ejections=standing.ejections + 1, until=Instant(now + wait))
 
 
-def beyond(seat: Seat, *, now: Instant) -> int:
-    """Requests on it that are none of ours, by its engine's word of a moment ago; 0 when nothing is known.
+def beyond(heard: Signal | None, *, now: Instant) -> int:
+    """Requests on an instance that are none of ours, by its engine's word of a moment ago; 0 when nothing is known.
 
     They come from others who use the same engine, or from clients that have left. They only change the order: a seat that is free
     by our own count may be taken whatever an engine says, since its word may be old.
     """
-    heard = seat.signal
     return 0 if heard is None or now - heard.at > HEARD else heard.beyond
 
 
@@ -117,7 +116,7 @@ def _load(seat: Seat, now: Instant) -> tuple[float, float, InstanceId]:
     heard = seat.signal
     known = heard is not None and now - heard.at <= HEARD and heard.cache is not None
     cache = round(heard.cache, 1) if known and heard is not None and heard.cache is not None else 0.0
-    return (seat.leases + beyond(seat, now=now)) / seat.slots, cache, seat.instance
+    return (seat.leases + beyond(heard, now=now)) / seat.slots, cache, seat.instance
 
 
 def _nobody_well(seats: Sequence[Seat], *, now: Instant) -> bool:

@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 from aiohttp import web
 
 from offloadd.clock import Clock
@@ -15,7 +16,7 @@ from offloadd.errors import OffloaddError, RequestError
 from offloadd.events import EventKind, about
 from offloadd.proxy.downstream import Stream
 from offloadd.proxy.lease import Lease
-from offloadd.proxy.taps import Tap, Tokens
+from offloadd.proxy.taps import Tap, Tokens, tokens_in
 from offloadd.state.ids import ModelName
 from offloadd.state.served import Fate, Served
 from offloadd.units import Instant, Seconds
@@ -49,10 +50,10 @@ class Account:
         "turned_away",
     )
 
-    def __init__(self, path: str, dialect: str, clock: Clock) -> None:
+    def __init__(self, path: str, dialect: str, clock: Clock, arrived: Instant) -> None:
         self.path = path
         self.dialect = dialect
-        self.arrived = clock.now()
+        self.arrived = arrived
         self.tap = Tap(clock)
         self.model: ModelName | None = None
         self.lease: Lease | None = None
@@ -92,10 +93,12 @@ class Accounts:
     def __init__(self, clock: Clock, done: Done, who: Callable[[], str] = str) -> None:
         """`who` gives the name of the API key that the present request came with."""
         self._clock = clock
+        self.now = clock.now
+        """By the clock that spans are measured with."""
         self._done = done
         self._who = who
         self._dialects: dict[str, str] = {}
-        self._ended: deque[tuple[Account, str, int | None, str, Instant]] = deque()
+        self._ended: deque[_Ended] = deque()
 
     def know(self, dialect: str, *paths: str) -> None:
         """Requests on these routes, by their patterns, are inference."""
@@ -107,12 +110,12 @@ class Accounts:
             return request[ACCOUNT]
         except KeyError:
             pattern = _pattern(request.match_info.route)
-            found = request[ACCOUNT] = Account(pattern, self._dialects.get(pattern, ""), self._clock)
+            found = request[ACCOUNT] = Account(pattern, self._dialects.get(pattern, ""), self._clock, self._clock.now())
             return found
 
-    def begin(self, path: str) -> Account:
+    def begin(self, path: str, arrived: Instant) -> Account:
         """The account of a request that has no `web.Request`."""
-        return Account(path, self._dialects.get(path, ""), self._clock)
+        return Account(path, self._dialects.get(path, ""), self._clock, arrived)
 
     def close(self, request: web.Request, request_id: str, status: int | None, error: OffloaddError | None = None) -> None:
         """The request is over, with this status; None when its client left. Requests to the control plane have no account."""
@@ -131,20 +134,81 @@ class Accounts:
 
         `key` is the name of the API key that the request came with, which has no limits of its own.
         """
+        now = self._clock.now()
+        self._add(lambda: self._close(account, request_id, status, key, now))
+
+    def answered(self, answered: Answered) -> None:
+        """The same of a request that got its whole answer at once, which is all that there is to account for."""
+        self._add(answered)
+
+    def _add(self, ended: _Ended) -> None:
         if not self._ended:
             asyncio.get_running_loop().call_soon(self.flush)
-        self._ended.append((account, request_id, status, key, self._clock.now()))
+        self._ended.append(ended)
 
     def flush(self) -> None:
         """Close what is to be closed soon."""
-        while self._ended:
-            self._close(*self._ended.popleft())
+        ended, chatty = self._ended, log.isEnabledFor(logging.DEBUG)
+        while ended:
+            one = ended.popleft()
+            if not isinstance(one, Answered):
+                one()
+                continue
+            served = one.served(self._dialects.get(one.path, ""))
+            if chatty:
+                _log(served)
+            self._done(served)
 
     def _close(self, account: Account, request_id: str, status: int | None, key: str, now: Instant) -> None:
         served = _sum_up(account, request_id, status, key, now)
         account.early = account.lost = None  # both know the request, and the request this: a ring that would keep it
         _log(served)
         self._done(served)
+
+
+class Answered(msgspec.Struct, gc=False):
+    """One that an engine answered with 200, and whole at once."""
+
+    request: str
+    path: str
+    key: str
+    lease: Lease
+    arrived: Instant
+    ended: Instant
+    """When the answer came, and went to its client."""
+    bytes_in: int
+    body: bytes
+    """The answer's."""
+
+    def served(self, dialect: str) -> Served:
+        """What became of it."""
+        lease, took = self.lease, Seconds(self.ended - self.arrived)
+        tokens = tokens_in(self.body)
+        return Served(
+            request=self.request,
+            path=self.path,
+            dialect=dialect,
+            fate=Fate.ANSWERED,
+            status=200,
+            arrived=self.arrived,
+            duration=took,
+            waited=lease.waited,
+            first_byte=took,
+            model=lease.host.instance.model,
+            backend=lease.host.backend,
+            instance=lease.host.instance,
+            key=self.key,
+            bytes_in=self.bytes_in,
+            bytes_out=len(self.body),
+            prompt_tokens=tokens.prompt,
+            cached_tokens=tokens.cached,
+            completion_tokens=tokens.completion,
+            tokens_per_second=tokens.per_second,
+            reason=lease.why,
+        )
+
+
+_Ended = Answered | Callable[[], None]
 
 
 def _sum_up(account: Account, request_id: str, status: int | None, key: str, now: Instant) -> Served:

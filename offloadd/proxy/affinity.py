@@ -24,7 +24,8 @@ class Memory:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._places: OrderedDict[int, InstanceId] = OrderedDict()
-        self._standings: dict[InstanceId, Standing] = {}
+        self.ailing: dict[InstanceId, Standing] = {}
+        """How instances have fared that have failed lately; to be read only."""
 
     def place(self, key: int | None) -> InstanceId | None:
         """The instance that had the conversation last."""
@@ -32,7 +33,7 @@ class Memory:
 
     def standing(self, instance: InstanceId) -> Standing:
         """How it has fared."""
-        return self._standings.get(instance, WELL)
+        return self.ailing.get(instance, WELL)
 
     def put(self, key: int | None, instance: InstanceId) -> None:
         """The conversation goes there."""
@@ -45,22 +46,22 @@ class Memory:
 
     def well(self, instance: InstanceId) -> None:
         """It answered well."""
-        known = self._standings.get(instance)
+        known = self.ailing.get(instance)
         if known is None:
             return
         standing = after_success(known, now=self._clock.now())
         if standing == WELL:
-            del self._standings[instance]
+            del self.ailing[instance]
         else:
-            self._standings[instance] = standing
+            self.ailing[instance] = standing
 
     def ill(self, instance: InstanceId) -> None:
         """It failed."""
-        self._standings[instance] = after_failure(self.standing(instance), now=self._clock.now())
+        self.ailing[instance] = after_failure(self.standing(instance), now=self._clock.now())
 
     def forget(self, instance: InstanceId) -> None:
         """It is off the books."""
-        self._standings.pop(instance, None)
+        self.ailing.pop(instance, None)
 
 
 def conversation(messages: msgspec.Raw, prompt: msgspec.Raw, key: msgspec.Raw) -> int | None:

@@ -71,13 +71,20 @@ class Exchange:
 
         In the first case `close` is called next. In the other the rest is `run`'s, which is given what `over` was.
         """
-        kept = self._pool.idle(self._lease.host.endpoint)
+        kept = self._pool.idle(self._lease.host)
         if kept is None:
             return False
         self._over = over
         self._watch(self._lease.revoked)
         self._put(kept, self._call)
         return True
+
+    def adopt(self, connection: Connection | None, over: Over) -> None:
+        """As `start`, where it has been sent already, on this connection; None where that has been given back."""
+        self._over = over
+        self._watch(self._lease.revoked)
+        self._connection = connection
+        self._call.account.sent = self._sent = True
 
     def close(self) -> None:
         """The answer is whole."""
@@ -175,16 +182,16 @@ class Exchange:
             self._hedge.resume()
             await self._waited()
             return
-        endpoint = self._lease.host.endpoint
+        host = self._lease.host
         self._exchanged = _exchanged(self._lease, self._call)
-        kept = self._pool.idle(endpoint)
+        kept = self._pool.idle(host)
         if kept is not None:
             try:
                 await self._send(kept)
             except StaleError as stale:
                 await self._again(stale)
             return
-        await self._send(await self._pool.connect(endpoint))
+        await self._send(await self._pool.connect(host))
 
     async def _again(self, lost: Exception) -> None:
         """On a new connection, if the kept one had been closed: what it was sent nobody had. Else what was lost is lost."""
@@ -193,7 +200,7 @@ class Exchange:
         self._end_hedge()
         self._done = asyncio.get_running_loop().create_future()
         self._sent = False  # whoever is gone by now did not die of it
-        await self._send(await self._pool.connect(self._lease.host.endpoint))
+        await self._send(await self._pool.connect(self._lease.host))
 
     def _waited(self) -> asyncio.Future[None]:
         assert self._done is not None  # noqa: S101  (`run` makes it)

@@ -13,7 +13,7 @@ from typing import Protocol
 from offloadd.proxy.account import Account
 from offloadd.proxy.answer_heads import Head
 from offloadd.proxy.headers import Fields
-from offloadd.proxy.lease import Lease
+from offloadd.proxy.lease import Host, Lease
 from offloadd.proxy.leases import LeaseBook
 from offloadd.proxy.pool import Pool
 from offloadd.proxy.taker import Taker
@@ -106,11 +106,11 @@ class Hedge(Taker):
         self._spare = self._book.hedge(self._lease)
         if self._spare is not None:
             self._account.hedged = "lost"
-            self._sending = asyncio.create_task(self._send(self._spare.host.endpoint))
+            self._sending = asyncio.create_task(self._send(self._spare.host))
 
-    async def _send(self, endpoint: Endpoint) -> None:
+    async def _send(self, host: Host) -> None:
         try:
-            connection = await self._pool.connect(endpoint)
+            connection = await self._pool.connect(host)
         except (OSError, TimeoutError) as error:
             self.lost(error)
             return
@@ -119,7 +119,7 @@ class Hedge(Taker):
             self._race.follow(connection)
         elif self._held:
             connection.pause()
-        head, body = self._message(endpoint)
+        head, body = self._message(host.endpoint)
         connection.send(self, head, body, bodiless=False)
 
     def _swap(self, why: str) -> None:

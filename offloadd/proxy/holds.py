@@ -60,7 +60,7 @@ class Holds:
         """Change the instances of two leases that are both held: what was the one's is the other's now, its end included."""
         for each in (one, other):
             self._leases[each.host.instance].discard(each)
-        for name in ("host", "revoked", "died", "crowded"):
+        for name in ("host", "future", "died", "crowded"):
             mine, its = getattr(one, name), getattr(other, name)
             setattr(one, name, its)
             setattr(other, name, mine)

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from offloadd.state.ids import BackendName, InstanceId
 from offloadd.state.launch import Endpoint, EngineApi
 from offloadd.units import Seconds
@@ -27,17 +29,28 @@ class Host:
     """What it speaks."""
     starts: dict[str, bytes] = field(default_factory=dict, compare=False)
     """How the head of a request to it begins, by path; filled by whoever writes them."""
+    kept: str = field(default="", init=False, compare=False)
+    """Under which its connections are kept."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", place_of(self.endpoint))
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class Lease:
+def place_of(endpoint: Endpoint) -> str:
+    """Under which connections to it are kept."""
+    return f"{endpoint.host}:{endpoint.port}"
+
+
+class Lease(msgspec.Struct, eq=False, kw_only=True):  # made once a request
     """One request's hold on an instance, from grant to last byte."""
 
     host: Host
     why: str
     waited: Seconds
-    revoked: asyncio.Future[str]
-    """Done, with the reason, when the instance is going away and the request must end."""
+    told: Callable[[], object] | None = None
+    """To be called when it is revoked."""
+    future: asyncio.Future[str] | None = None
+    """What `revoked` is, once somebody has asked for it."""
     died: bool = False
     """Whether it is going away because it died by itself."""
     beside: bool = False
@@ -50,3 +63,19 @@ class Lease:
     """After so long without a byte another instance is asked too, where the config wants that."""
     over: asyncio.Future[None] | None = None
     """Where the instance works on for a client that has left: done when it has stopped. Until then the lease counts."""
+
+    @property
+    def revoked(self) -> asyncio.Future[str]:
+        """Done, with the reason, when the instance is going away and the request must end."""
+        if self.future is None:
+            self.future = asyncio.get_running_loop().create_future()
+        return self.future
+
+    def revoke(self, why: str, *, died: bool) -> None:
+        """The instance is going away."""
+        if self.revoked.done():
+            return
+        self.died = died
+        self.revoked.set_result(why)
+        if self.told is not None:
+            self.told()

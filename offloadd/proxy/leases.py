@@ -10,7 +10,7 @@ from typing import Any
 
 from offloadd.clock import Clock
 from offloadd.errors import RequestError
-from offloadd.plan.admission import Granted, Queued, Refused, admit, retry_after
+from offloadd.plan.admission import Granted, Queued, Refused, admit, admit_sole, retry_after
 from offloadd.plan.balance import Seat, pick
 from offloadd.proxy.affinity import Memory
 from offloadd.proxy.holds import Holds
@@ -25,6 +25,7 @@ from offloadd.units import Instant, Seconds, format_seconds
 
 MAX_WAITING = 8192
 """Requests that may wait at once, whatever they wait for."""
+NO_TIME = Seconds(0)
 KEEPALIVE = Seconds(5)
 """How often a request that waits may give its client a sign of life."""
 
@@ -115,10 +116,29 @@ class LeaseBook:
         now = self._clock.now()
         self._last_used[spec.name] = now
         line = self._line(spec, None, now)
+        if not line.waiters and (lease := self._grant_sole(spec, conversation, now)) is not None:
+            return lease
         try:
             return self._try(line, len(line.waiters), since=now, now=now, conversation=conversation)
         except RequestError:
             return None  # whoever asks again is told why
+
+    def _grant_sole(self, spec: ModelSpec, conversation: int | None, now: Instant) -> Lease | None:
+        """The same where there is nothing to choose, which is found out at once; None where it takes a closer look."""
+        hosts = self._hosts(spec.name)
+        if len(hosts) != 1:
+            return None
+        host = hosts[0]
+        if host.instance in self.memory.ailing:
+            return None
+        why = admit_sole(host.instance, self._holds.counts.get(host.instance, 0), host.slots, self._signal(host.instance), now=now)
+        if why is None:
+            return None
+        if conversation is not None:
+            self.memory.put(conversation, host.instance)
+        lease = self._record(host, why, waited=NO_TIME)
+        lease.hedge_after = spec.queue.hedge_after
+        return lease
 
     def hosts(self, model: ModelName) -> Sequence[Host]:
         """The model's ready instances: the same object as long as they are the same."""
@@ -160,9 +180,7 @@ class LeaseBook:
     def hang_up(self, instance: InstanceId, why: str, *, died: bool = False) -> None:
         """Tell every request on the instance to end."""
         for lease in self._holds.of(instance):
-            if not lease.revoked.done():
-                lease.died = died
-                lease.revoked.set_result(why)
+            lease.revoke(why, died=died)
 
     def serve_all(self) -> None:
         """Grant or refuse what waits, as far as the present instances and decisions allow."""
@@ -333,7 +351,7 @@ class LeaseBook:
         self._holds.remove(lease)
         lease.host = other
         lease.why = f"{other.instance} took over from {old.instance}: {why}"
-        lease.revoked = asyncio.get_running_loop().create_future()
+        lease.future = None
         lease.crowded = False
         self._holds.add(lease)
         return True
@@ -360,8 +378,7 @@ class LeaseBook:
         return next(host for host in others if host.instance == seat.instance)
 
     def _record(self, host: Host, why: str, *, waited: Seconds, beside: bool = False) -> Lease:
-        revoked: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        lease = Lease(host=host, why=why, waited=waited, revoked=revoked, beside=beside)
+        lease = Lease(host=host, why=why, waited=waited, beside=beside)
         self._holds.add(lease)
         return lease
 

@@ -8,9 +8,10 @@ import ssl
 import time
 
 from offloadd.proxy.answer_heads import AnswerHeads
-from offloadd.proxy.turn import Turn
+from offloadd.proxy.lease import Host, place_of
 from offloadd.proxy.upstream import Connection
 from offloadd.state.launch import Endpoint
+from offloadd.turn import Turn
 
 CONNECT_TIMEOUT = 5.0
 IDLE_LIMIT = 4.0
@@ -34,9 +35,9 @@ class Pool:
         self._sweep: asyncio.TimerHandle | None = None
         self._signing: asyncio.TimerHandle | None = None
 
-    def idle(self, endpoint: Endpoint) -> Connection | None:
-        """A kept connection that may still be open, the one used last."""
-        kept = self._idle.get(_key(endpoint))
+    def idle(self, host: Host) -> Connection | None:
+        """A kept connection to an instance that may still be open, the one used last."""
+        kept = self._idle.get(host.kept)
         oldest = time.monotonic() - IDLE_LIMIT
         while kept:
             connection = kept.pop()
@@ -45,11 +46,11 @@ class Pool:
             connection.abort()
         return None
 
-    async def connect(self, endpoint: Endpoint) -> Connection:
+    async def connect(self, host: Host) -> Connection:
         """A new connection; OSError or TimeoutError when there is none to be had."""
         loop = asyncio.get_running_loop()
-        key = _key(endpoint)
-        connection = Connection(self, key)
+        endpoint = host.endpoint
+        connection = Connection(self, host.kept)
         async with asyncio.timeout(CONNECT_TIMEOUT):
             if endpoint.host.startswith("/"):
                 await loop.create_unix_connection(lambda: connection, endpoint.host)
@@ -83,7 +84,7 @@ class Pool:
 
     def forget(self, endpoint: Endpoint) -> None:
         """Close what is kept for an instance that is to end: some servers wait for their clients to leave."""
-        key = _key(endpoint)
+        key = place_of(endpoint)
         leaving = [connection for connection in self._open if connection.leaving and connection.key == key]
         for connection in [*self._idle.pop(key, []), *leaving]:
             connection.abort()
@@ -138,7 +139,3 @@ def authority(endpoint: Endpoint) -> str:
 def _certified() -> ssl.SSLContext:
     """What this machine trusts."""
     return ssl.create_default_context()
-
-
-def _key(endpoint: Endpoint) -> str:
-    return f"{endpoint.host}:{endpoint.port}"

@@ -42,6 +42,9 @@ class Head(msgspec.Struct):
         return affinity.conversation(self.messages, self.prompt, self.prompt_cache_key)
 
 
+_HEAD = msgspec.json.Decoder(Head)
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """Which model every name and alias means, for one config."""
@@ -77,7 +80,10 @@ class Names:
 
 def read_head(body: bytes) -> Head:
     """Decode the routing fields; RequestError 400 says what is wrong with the body."""
-    return _decode(body, Head)
+    try:
+        return _HEAD.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _decode(body, Head)  # which says it
 
 
 def read_object(body: bytes) -> dict[str, JsonValue]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import msgspec
 
@@ -18,7 +18,7 @@ from offloadd.units import Instant
 
 _PIECES = 4
 """The event with the count comes last, or before `[DONE]`; one more may lie between."""
-_KEPT = 4096
+KEPT = 4096
 """Of each such piece, and of the first: an answer that is no stream may begin with its usage."""
 _CHUNK_LINE = re.compile(rb"\r\n[0-9a-fA-F]{1,7}\r\n")
 """Pieces may come with the framing of their chunks."""
@@ -27,7 +27,7 @@ _GIVEN_UP = re.compile(rb'"finish_reason":\s*"abort"')
 """How vLLM ends what it works on when somebody else ends it: with 200, as though it were whole. Text has its quotes escaped."""
 
 
-class Tokens(NamedTuple):
+class Tokens(msgspec.Struct, frozen=True, gc=False):  # made once a request
     """An engine's own count. None where it does not say."""
 
     prompt: int | None = None
@@ -47,7 +47,37 @@ class _Whole(msgspec.Struct):
     timings: dict[str, Any] | None = None
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Details(msgspec.Struct, gc=False):
+    cached_tokens: _Count | None = None
+
+
+class _Usage(msgspec.Struct, gc=False):
+    """What most engines say, as they say it. One that says `null`, or what is no count, is looked at more closely."""
+
+    prompt_tokens: _Count
+    completion_tokens: _Count
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: msgspec.UnsetType = msgspec.UNSET
+    cache_read_input_tokens: msgspec.UnsetType = msgspec.UNSET
+
+
+class _Timings(msgspec.Struct, gc=False):
+    """llama-server's beside it."""
+
+    cache_n: _Count | None = None
+    predicted_per_second: float | None = None
+
+
+class _Usual(msgspec.Struct, gc=False):
+    usage: _Usage
+    timings: _Timings | None = None
+
+
 _WHOLE = msgspec.json.Decoder(_Whole)
+_USUAL = msgspec.json.Decoder(_Usual)
 
 
 def given_up(data: bytes) -> bool:
@@ -75,11 +105,11 @@ class Tap:
         if tail is None:
             tail = self._tail = deque(maxlen=_PIECES)
             self.began = self._clock.now()
-            self._head = piece[:_KEPT]
+            self._head = piece[:KEPT]
         self.size += len(piece)
         # A line break within JSON is escaped, so two of them in a row end an event.
         self.events += piece.count(b"\n\n")
-        tail.append(piece if len(piece) <= _KEPT else piece[-_KEPT:])
+        tail.append(piece if len(piece) <= KEPT else piece[-KEPT:])
 
     def into(self, write: Callable[[bytes], None]) -> Callable[[bytes], None]:
         """What sees a piece and hands it to `write`: one call for both, since a token costs little else."""
@@ -93,12 +123,12 @@ class Tap:
         else:
             self.size += len(piece)
             self.events += piece.count(b"\n\n")
-            tail.append(piece if len(piece) <= _KEPT else piece[-_KEPT:])
+            tail.append(piece if len(piece) <= KEPT else piece[-KEPT:])
         self._write(piece)
 
     def whole(self, body: bytes) -> None:
         """All of it at once."""
-        if len(body) > _KEPT:
+        if len(body) > KEPT:
             self.feed(body)
             return
         self.began = self._clock.now()
@@ -112,24 +142,53 @@ class Tap:
     def tokens(self) -> Tokens:
         """What the first and last bytes say."""
         if self.size == len(self._head):  # all of it is there
-            try:
-                said = _WHOLE.decode(self._head)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                pass  # it is found another way, as far as it is sound
-            else:
-                return _tokens(said.usage or {}, said.timings or {})
+            return tokens_in(self._head)
         tail = self._tail or ()
         seen = [self._head, b"".join(tail)]
-        if self.size <= _KEPT and 0 < len(tail) < _PIECES:
+        if self.size <= KEPT and 0 < len(tail) < _PIECES:
             del seen[0]  # all of it is in the other
-        usage: dict[str, Any] = {}
-        timings: dict[str, Any] = {}
-        for data in seen:
-            for name, found in ((b'"usage":', usage), (b'"timings":', timings)):
-                if name in data:
-                    text = _CHUNK_LINE.sub(b"", data) if b"\r\n" in data else data
-                    found.update(_members(text.decode(errors="replace"), name.decode()))
-        return _tokens(usage, timings)
+        return _found(seen)
+
+
+def tokens_in(body: bytes) -> Tokens:
+    """What a whole answer says."""
+    if len(body) > KEPT:
+        return _found((body[:KEPT], body[-KEPT:]))
+    said = _said(body)
+    return _found((body,)) if said is None else said
+
+
+def _found(seen: Sequence[bytes]) -> Tokens:
+    """What is found in pieces of an answer, the later over the earlier."""
+    usage: dict[str, Any] = {}
+    timings: dict[str, Any] = {}
+    for data in seen:
+        for name, found in ((b'"usage":', usage), (b'"timings":', timings)):
+            if name in data:
+                text = _CHUNK_LINE.sub(b"", data) if b"\r\n" in data else data
+                found.update(_members(text.decode(errors="replace"), name.decode()))
+    return _tokens(usage, timings)
+
+
+def _said(body: bytes) -> Tokens | None:
+    """What a whole answer says as JSON; None where it is no sound JSON, and has to be searched."""
+    try:
+        usual = _USUAL.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    else:
+        usage, timings, details = usual.usage, usual.timings, usual.usage.prompt_tokens_details
+        cached = None if details is None else details.cached_tokens
+        if timings is None:
+            return Tokens(usage.prompt_tokens, cached, usage.completion_tokens)
+        if cached is None:
+            cached = timings.cache_n
+        return Tokens(usage.prompt_tokens, cached, usage.completion_tokens, timings.predicted_per_second)
+    try:
+        said = _WHOLE.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return _tokens(said.usage or {}, said.timings or {})
 
 
 def _tokens(usage: Mapping[str, Any], timings: Mapping[str, Any]) -> Tokens:

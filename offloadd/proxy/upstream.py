@@ -15,7 +15,7 @@ from offloadd.proxy.answer_heads import AnswerHeads, Head
 from offloadd.proxy.framing import CHUNK_STARTS, COMMON, are_whole_chunks, framing
 from offloadd.proxy.headers import BrokenAnswerError
 from offloadd.proxy.taker import StaleError, Taker
-from offloadd.proxy.turn import Turn
+from offloadd.turn import Turn
 
 MAX_HEAD = 64 * 1024
 """An answer's head, or its trailer, or any framing between two pieces of its body, is not longer."""
@@ -54,6 +54,7 @@ class Connection(asyncio.Protocol):
         "_interim",
         "_keep",
         "_lasting",
+        "_parsed",
         "_parser",
         "_pieces",
         "_pool",
@@ -95,7 +96,7 @@ class Connection(asyncio.Protocol):
         self._reset(bodiless=False)
 
     def _reset(self, *, bodiless: bool) -> None:
-        self._bodiless = bodiless
+        self._bodiless = self._parsed = bodiless
         self._begun = self._ended = self._interim = self._keep = self._until_close = self._tunnel = self.heard = False
         self._head: Head | None = None
         self._fields: list[tuple[bytes, bytes]] = []
@@ -116,7 +117,9 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None  # noqa: S101  (asked of open connections only)
         self._taker = taker
         self.uses += 1
-        self._reset(bodiless=bodiless)
+        self.heard = False
+        if self._parsed or bodiless:
+            self._reset(bodiless=bodiless)
         self._lasting = lasting
         if body and len(body) > MAX_HEAD:
             self._transport.writelines((head, body))
@@ -233,6 +236,7 @@ class Connection(asyncio.Protocol):
         if self._tunnel:
             taker.feed(data)
             return
+        self._parsed = True
         self._silent += len(data)
         problem = ""
         rest = b""

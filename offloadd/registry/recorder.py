@@ -15,7 +15,7 @@ from offloadd.state.launch import Footprint
 from offloadd.state.served import Fate, Served
 
 _DAY_S = 86400
-_PLACES = {fate: Usage.__slots__.index(fate.value) for fate in Fate}
+_PLACES = {fate.value: Usage.__slots__.index(fate.value) for fate in Fate}
 _PROMPT = Usage.__slots__.index("prompt_tokens")
 MAX_MODELS = 10_000
 """Models whose totals are held; a client cannot make up more, since only requests of known models are counted."""
@@ -82,7 +82,7 @@ class Recorder:
                 return
             sums = self._fresh[key] = [0] * len(Usage.__slots__)
             self.told.set()
-        sums[_PLACES[served.fate]] += 1
+        sums[_PLACES[served.fate._value_]] += 1  # as `value` says, without a call
         sums[_PROMPT] += served.prompt_tokens or 0
         sums[_PROMPT + 1] += served.cached_tokens or 0
         sums[_PROMPT + 2] += served.completion_tokens or 0

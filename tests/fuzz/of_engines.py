@@ -25,6 +25,7 @@ from offloadd.proxy.dialects.refusals import engine_error, event_error
 from offloadd.proxy.taps import Tap
 from offloadd.proxy.upstream import MAX_HEAD, Connection
 from offloadd.state.launch import ExitStatus, ProbeReply
+from offloadd.turn import Receiver, Turn
 from tests.fuzz.mutate import bent, cut, mutated, mutated_text
 from tests.fuzz.of_requests import SPEC, TGI
 from tests.fuzz.table import MIB, Parser
@@ -219,6 +220,7 @@ def _split(rng: Random) -> None:
 class _Pool:
     def __init__(self) -> None:
         self.heads = AnswerHeads()
+        self.turn = _AtOnce()
 
     def give_back(self, connection: Connection, *, keep: bool) -> None: ...
 
@@ -242,6 +244,13 @@ class _Transport:
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
+
+
+class _AtOnce(Turn):
+    """Without a loop, whose turns it could be."""
+
+    def answer(self, receiver: Receiver) -> None:
+        receiver.received()
 
 
 class _Taker:

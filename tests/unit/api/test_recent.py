@@ -81,12 +81,30 @@ def test_every_memory_has_a_bound(history: Recent, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "NAMES", 3)
     for number in range(500):
         tell(f"decision {number} " + "x" * 5000, model="m4" if number > 4 else f"m{number}")
-        history.served(served(f"r{number}"))
     assert len(history.of_model("m4")) == module.KEPT_EACH
     assert history.of_model("m1") == []
-    assert history.of_request("r0") == []
-    assert len(history.of_request("r499")) == 1
     assert max(len(entry.message) for entry in history.latest()) == module.LONGEST
+
+
+def test_how_requests_ended_is_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy model pushes out its own only, until there are too many of all."""
+    monkeypatch.setattr(module, "KEPT_ENDS", 250)
+    history = Recent(lambda: 5000.0)
+    history.served(served("first", model="quiet"))
+    for number in range(1000):
+        history.served(served(f"r{number}", model="busy"))
+    assert [entry.about.request for entry in history.requests_of("busy")] == [f"r{number}" for number in range(900, 1000)]
+    assert [entry.about.request for entry in history.requests_of("quiet")] == ["first"]
+    assert (history.of_request("first"), history.of_request("r749")) == ([], [])
+    assert len(history.of_request("r750")) == len(history.of_request("r999")) == 1
+    for number in range(149):
+        history.served(served(f"o{number}", model=f"m{number}"))
+    assert len(history.requests_of("busy")) == module.KEPT_EACH
+    history.served(served("last", model="one-more"))
+    assert history.requests_of("quiet") == []  # it was heard of longest ago
+    history.served(served("last", model="another"))
+    assert history.requests_of("busy") == []
+    assert history._ends._count == 151
 
 
 def test_what_is_remembered_is_bounded_in_bytes(history: Recent) -> None:
@@ -98,23 +116,29 @@ def test_what_is_remembered_is_bounded_in_bytes(history: Recent) -> None:
             for part in range(12):
                 said = about(EventKind.DECISION, **names, why=f"{number} " * 50)  # type: ignore[arg-type]
                 history.emit(logging.makeLogRecord({"msg": f"{number} {part} " + "x" * 1990, **said}))
-            history.served(served(f"r{number}", model=f"m{number}", reason=f"{number} " * 200))
+            for part in range(6):
+                history.served(served(f"r{number}", path=f"/v1/{number}-{part}", model=f"m{number}", reason=f"{number} " * 200))
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    rings = (history._models, history._instances, history._requests, history._served)
-    assert [0 < ring._size <= module.KEPT_BYTES for ring in rings] == [True] * 4
-    assert taken < len(rings) * module.KEPT_BYTES
+    rings = (history._models, history._instances, history._requests)
+    assert [0 < ring._size <= module.KEPT_BYTES for ring in rings] == [True] * 3
+    assert taken < (len(rings) + 1) * module.KEPT_BYTES
     assert len(history.of_instance("a-999")) == 12
-    assert len(history.of_request("r999")) == 13
+    assert len(history.of_request("r999")) == 18
     assert history.of_instance("a-1") == []
 
 
-def test_nothing_is_kept_of_what_is_larger_than_all(history: Recent) -> None:
+def test_of_a_long_reason_the_beginning_is_kept(history: Recent) -> None:
     history.served(served("r1", reason="x" * module.KEPT_BYTES))
-    assert history.of_request("r1") == []
-    history.served(served("r2"))
-    assert len(history.of_request("r2")) == 1
+    assert history.of_request("r1")[0].message.endswith(" in the queue: " + "x" * module.LONGEST_REASON)
+
+
+def test_nothing_is_kept_of_what_is_larger_than_all(history: Recent) -> None:
+    tell("a: starts", model="a", why="x" * module.KEPT_BYTES)
+    assert history.of_model("a") == []
+    tell("a: starts", model="a")
+    assert len(history.of_model("a")) == 1
 
 
 async def test_a_follower_hears_what_happens_also_in_other_threads(history: Recent) -> None:

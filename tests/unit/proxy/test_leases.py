@@ -200,7 +200,7 @@ async def test_nothing_is_noted_of_an_instance_whose_last_request_outlives_it(bo
             book.memory.ill(lease.host.instance)
             book.release(lease)
     assert book.demand().idle_since == {}
-    assert book.memory._standings == {}
+    assert book.memory.ailing == {}
     assert book._holds._gone == set()
     world.slots = {50: 1}
     last = await book.acquire(SPEC)

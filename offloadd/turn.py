@@ -37,6 +37,9 @@ class Turn:
     """Whose turn it is. Outside of `_work` nothing is kept that is to be written."""
 
     def __init__(self) -> None:
+        self.number = 0
+        """Of the present piece of work, during which nothing else happens: what is looked up holds to its end. 0 between two."""
+        self._worked = 0
         self._under_way = False
         """Whether something of this turn has been worked through already."""
         self._answers: list[Receiver] = []
@@ -55,11 +58,20 @@ class Turn:
         if not self._under_way:
             self._under_way = True
             asyncio.get_running_loop().call_soon(self._end)
-            receiver.received()
+            self._first(receiver)
             return
         kind.append(receiver)
         if len(kind) >= MOST:
             self._work()
+
+    def _first(self, receiver: Receiver) -> None:
+        before = self.number
+        self._worked += 1
+        self.number = self._worked
+        try:
+            receiver.received()
+        finally:
+            self.number = before
 
     def write(self, transport: asyncio.Transport, data: bytes) -> None:
         """Write this, now or at the end of the turn; whoever closes the transport for writing must `flush` before."""
@@ -88,12 +100,15 @@ class Turn:
         answers, self._answers = self._answers, []
         requests, self._requests = self._requests, []
         self._late = []
+        self._worked += 1
+        self.number = self._worked
         try:
             for receiver in answers:
                 _let_work(receiver)
             for receiver in requests:
                 _let_work(receiver)
         finally:
+            self.number = 0
             self.flush()
             self._late = None
 
