@@ -41,6 +41,8 @@ class Catalog:
         self._changed = changed
         self._made: list[tuple[DesiredState, Mapping[ModelName, Found], Served]] = []
         """What was worked out, what was asked for last first: for what is served, and for what is about to be."""
+        self._looked: tuple[DesiredState | None, Mapping[ModelName, Found], Served | None] = (None, _NOTHING, None)
+        """What was asked for last of that: every request asks."""
         self._searched: tuple[object, Sequence[Store]] = (None, ())
         self._published: Mapping[ModelName, Found] = {}
         self.discovery = Discovery(stores=self._stores, read_shape=read_model, changed=self._other_files)
@@ -100,8 +102,12 @@ class Catalog:
         self.discovery.look_soon()
 
     def _look(self) -> Served:
-        config = self._config()
-        return self._make(config, self._found(config))
+        config, published = self._config(), self._published
+        of, on, made = self._looked
+        if made is None or of is not config or on is not published:
+            made = self._make(config, self._found(config))
+            self._looked = (config, published, made)
+        return made
 
     def _make(self, config: DesiredState, found: Mapping[ModelName, Found]) -> Served:
         served = self._known(config, found)

@@ -128,6 +128,7 @@ class Daemon:
             hosts=self._hosts.of,
             decision=lambda model: self._reconciler.decision(model),
             wake=self._wake,
+            rested=lambda: self._reconciler.wake_later(),
             waits=lambda model, why: self._serving.waits(model, why),
             signal=lambda key: self._signals.of(key),
         )

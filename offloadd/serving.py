@@ -110,7 +110,7 @@ class Serving:
         """Listen and serve; at the end, let go of every client and every connection to an engine."""
         parts, server = self._parts, self._parts.server()
         accounts = Accounts(self._clock, self._served, lambda: caller().name)
-        door = self._door(server)
+        door = self._door(server, accounts)
         gateway = self._gateway(accounts, door)
         app = build_app(
             parts.control, self._routes(gateway, accounts), gateway.find, door, accounts.close, shaped, gateway.tell_begun
@@ -138,7 +138,7 @@ class Serving:
             await gateway.close()
             parts.pool.close()
 
-    def _door(self, server: ServerSpec) -> Door:
+    def _door(self, server: ServerSpec, accounts: Accounts) -> Door:
         return Door(
             access=lambda: self._parts.server().access,
             allowed_hosts=self._allowed_hosts,
@@ -146,6 +146,7 @@ class Serving:
             patience=self.patience,
             max_body=server.max_body,
             bodies=self._bodies,
+            settle=accounts.flush,
         )
 
     def _gateway(self, accounts: Accounts, door: Door) -> Gateway:

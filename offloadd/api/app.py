@@ -62,6 +62,8 @@ class Door:
     max_body: int = ServerSpec().max_body
     """Bytes of a request's body; more are refused."""
     bodies: Bodies = field(default_factory=Bodies)
+    settle: Callable[[], None] = lambda: None
+    """Called ahead of whatever may want to know how earlier requests ended."""
 
 
 def build_app(
@@ -249,6 +251,7 @@ def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         number = call_it(request, _given_id(request) or request.get(_ID_KEY) or new_id())
         _present_id.set(number)
+        door.settle()
         response: web.StreamResponse | None = None
         refusal: RequestError | None = None
         try:

@@ -96,6 +96,8 @@ class Lane:
             self._known.clear()
             self._rules = rules
             self._made_sure = 0
+        if mark in self._known:
+            return
         if len(self._known) >= REMEMBERED:
             del self._known[next(iter(self._known))]
         kept = tuple(pair for pair in fields if pair[0].lower() != b"content-length")

@@ -24,6 +24,10 @@ from offloadd.units import Instant, Seconds
 log = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
+SOON = 0.02
+"""Seconds until a request that is over is accounted for, if nobody asks before."""
+MOST_OPEN = 256
+"""Requests that may wait for that."""
 Done = Callable[[Served], None]
 
 
@@ -99,6 +103,7 @@ class Accounts:
         self._who = who
         self._dialects: dict[str, str] = {}
         self._ended: deque[_Ended] = deque()
+        self._timer: asyncio.TimerHandle | None = None
 
     def know(self, dialect: str, *paths: str) -> None:
         """Requests on these routes, by their patterns, are inference."""
@@ -130,7 +135,7 @@ class Accounts:
         self._close(account, request_id, status, self._who(), self._clock.now())
 
     def settle(self, account: Account, request_id: str, status: int | None, key: str) -> None:
-        """The same of an account, once all that has come by now is handed on: answers need not wait for their accounts.
+        """The same of an account, a moment later: the next request, which may come at once, need not wait for it.
 
         `key` is the name of the API key that the request came with, which has no limits of its own.
         """
@@ -142,12 +147,18 @@ class Accounts:
         self._add(answered)
 
     def _add(self, ended: _Ended) -> None:
-        if not self._ended:
-            asyncio.get_running_loop().call_soon(self.flush)
         self._ended.append(ended)
+        if len(self._ended) >= MOST_OPEN:
+            self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SOON, self._late)
+
+    def _late(self) -> None:
+        self._timer = None
+        self.flush()
 
     def flush(self) -> None:
-        """Close what is to be closed soon."""
+        """Close what is to be closed soon: for whoever wants to know of all that is over."""
         ended, chatty = self._ended, log.isEnabledFor(logging.DEBUG)
         while ended:
             one = ended.popleft()

@@ -62,7 +62,6 @@ class Exchange:
     _begun = False
     _exchanged: Exchanged | None = None
     """Turns an engine's own JSON into OpenAI's, where it has one."""
-    _watched: asyncio.Future[str] | None = None
     _hedge: Hedge | None = None
     _over: Over | None = None
 
@@ -75,20 +74,20 @@ class Exchange:
         if kept is None:
             return False
         self._over = over
-        self._watch(self._lease.revoked)
+        self._heed()
         self._put(kept, self._call)
         return True
 
     def adopt(self, connection: Connection | None, over: Over) -> None:
         """As `start`, where it has been sent already, on this connection; None where that has been given back."""
         self._over = over
-        self._watch(self._lease.revoked)
+        self._heed()
         self._connection = connection
         self._call.account.sent = self._sent = True
 
     def close(self) -> None:
         """The answer is whole."""
-        self._watch(None)
+        self._heed_no_more()
         self._let_go()
         self._book.memory.well(self._lease.host.instance)
 
@@ -96,7 +95,7 @@ class Exchange:
         """The client of what was started has left, which ends the backend's work."""
         self._over = None
         self._leave()
-        self._watch(None)
+        self._heed_no_more()
         self._let_go()
 
     async def run(self, lost: Exception | None = None) -> None:
@@ -151,7 +150,7 @@ class Exchange:
 
     async def _once(self, lost: Exception | None) -> None:
         if lost is None:
-            self._watch(self._lease.revoked)
+            self._heed()
         try:
             await self._attempt(lost)
         except asyncio.CancelledError:
@@ -163,7 +162,7 @@ class Exchange:
             message = f"{self._lease.host.instance} sent what cannot be understood: {error}"
             raise RequestError(502, "bad_answer", message) from None
         finally:
-            self._watch(None)
+            self._heed_no_more()
             self._let_go()
 
     def _reset(self) -> None:
@@ -257,19 +256,21 @@ class Exchange:
         if hedge is not None:
             hedge.close()
 
-    def _watch(self, revoked: asyncio.Future[str] | None) -> None:
-        """Be told when this is done, and nothing else."""
-        if self._watched is not None:
-            self._watched.remove_done_callback(self._revoked)
+    def _heed(self) -> None:
+        """Be told when the instance goes away."""
+        self._lease.told = self._revoked
+        if self._lease.is_revoked:
+            self._revoked()
+
+    def _heed_no_more(self) -> None:
+        self._lease.told = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._watched = revoked
-        if revoked is not None:
-            revoked.add_done_callback(self._revoked)
 
-    def _revoked(self, _: asyncio.Future[str]) -> None:
-        self._timer = asyncio.get_running_loop().call_later(LAST_BYTES, self._give_up)
+    def _revoked(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(LAST_BYTES, self._give_up)
 
     def _give_up(self) -> None:
         self._fail(BackendLostError(self._lease, self._lease.revoked.result()))
@@ -397,7 +398,8 @@ class Exchange:
         first, self._connection = self._connection, connection
         self._refusal, self._parts, self._size = None, [], 0
         self.sign = self._lease.host.sign
-        self._watch(self._lease.revoked)
+        self._heed_no_more()
+        self._heed()
         return first.leave() if first is not None else None
 
     def hold(self) -> None:

@@ -71,9 +71,14 @@ class Lease(msgspec.Struct, eq=False, kw_only=True):  # made once a request
             self.future = asyncio.get_running_loop().create_future()
         return self.future
 
+    @property
+    def is_revoked(self) -> bool:
+        """Whether that is so by now."""
+        return self.future is not None and self.future.done()
+
     def revoke(self, why: str, *, died: bool) -> None:
         """The instance is going away."""
-        if self.revoked.done():
+        if self.is_revoked:
             return
         self.died = died
         self.revoked.set_result(why)

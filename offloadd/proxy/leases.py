@@ -57,16 +57,21 @@ class LeaseBook:
         hosts: Callable[[ModelName], Sequence[Host]],
         decision: Callable[[ModelName], Decision | None],
         wake: Callable[[], None],
+        rested: Callable[[], None] | None = None,
         waits: Callable[[ModelName, str], None] | None = None,
         signal: Callable[[InstanceId], Signal | None] = lambda _: None,
     ) -> None:
-        """`waits` is told of each request that is queued, and why it has to wait. `signal` is an engine's word of its own queue."""
+        """`wake` is called when something is to be planned, `rested` where that is only since an instance has nothing more to do.
+
+        `waits` is told of each request that is queued, and why it has to wait. `signal` is an engine's word of its own queue.
+        """
         self._signal = signal
         self._waits = waits
         self._clock = clock
         self._hosts = hosts
         self._decision = decision
         self._wake = wake
+        self._rested = rested or wake
         self._lines: dict[ModelName, _Line] = {}
         self._named: dict[ModelName, dict[BackendName, _Line]] = {}
         """Requests that name an engine stand in a line of their own: those of another must not wait for it."""
@@ -168,8 +173,10 @@ class LeaseBook:
             self._last_used[instance.model] = now
         if self._waiting:
             self._serve(instance.model)
-        if idle or self._waiting:
-            self._wake()  # else nothing has changed that a plan could turn on
+        if self._waiting:
+            self._wake()
+        elif idle:  # else nothing has changed that a plan could turn on
+            self._rested()
 
     def forget(self, instance: InstanceId) -> None:
         """It is off the books."""

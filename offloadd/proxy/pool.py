@@ -32,6 +32,8 @@ class Pool:
         self.turn = Turn()
         self._idle: dict[str, list[Connection]] = {}
         self._open: set[Connection] = set()
+        self._coming: dict[str, asyncio.Task[None]] = {}
+        """Spare connections that are being made."""
         self._sweep: asyncio.TimerHandle | None = None
         self._signing: asyncio.TimerHandle | None = None
 
@@ -62,6 +64,27 @@ class Pool:
             self._signing = loop.call_later(SIGN_EVERY, self._sign)
         return connection
 
+    def spare(self, host: Host) -> None:
+        """A stream comes from there, whose connection is not kept after it: have one ready for the next.
+
+        Not beyond what the instance has slots for: an engine has a thread for each connection, and few more threads than slots.
+        """
+        key = host.kept
+        if host.api.lasting or self._idle.get(key) or key in self._coming:
+            return
+        if sum(connection.key == key for connection in self._open) < host.slots:
+            self._coming[key] = asyncio.get_running_loop().create_task(self._make_spare(host))
+
+    async def _make_spare(self, host: Host) -> None:
+        try:
+            connection = await self.connect(host)
+        except (OSError, TimeoutError):
+            return  # whoever needs one will see why
+        finally:
+            self._coming.pop(host.kept, None)
+        connection.waited = True
+        self.give_back(connection, keep=True)
+
     def give_back(self, connection: Connection, *, keep: bool) -> None:
         """Its answer is whole: keep it for the next request, or close it."""
         kept = self._idle.get(connection.key)
@@ -85,6 +108,8 @@ class Pool:
     def forget(self, endpoint: Endpoint) -> None:
         """Close what is kept for an instance that is to end: some servers wait for their clients to leave."""
         key = place_of(endpoint)
+        if key in self._coming:
+            self._coming.pop(key).cancel()
         leaving = [connection for connection in self._open if connection.leaving and connection.key == key]
         for connection in [*self._idle.pop(key, []), *leaving]:
             connection.abort()
@@ -95,6 +120,8 @@ class Pool:
             if timer is not None:
                 timer.cancel()
         self._idle.clear()
+        for task in self._coming.values():
+            task.cancel()
         for connection in list(self._open):
             connection.abort()
 

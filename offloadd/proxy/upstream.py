@@ -72,12 +72,15 @@ class Connection(asyncio.Protocol):
         "key",
         "since",
         "uses",
+        "waited",
     )
 
     def __init__(self, pool: Owner, key: str) -> None:
         self.key = key
         self.uses = 0
         self.since = 0.0
+        self.waited = False
+        """Whether it was kept open unused, so that the other side may have closed it before it was sent anything."""
         self.heard = False
         """Whether any byte came since the request was sent."""
         self.fresh = False
@@ -300,7 +303,7 @@ class Connection(asyncio.Protocol):
             return
         if error is None and (self._until_close or self._tunnel):
             taker.finish(())
-        elif not self.heard and self.uses > 1:
+        elif not self.heard and (self.uses > 1 or self.waited):
             taker.lost(StaleError("the kept connection was closed"))
         else:
             taker.lost(error or ConnectionResetError("it closed the connection before its answer was whole"))

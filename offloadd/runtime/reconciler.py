@@ -25,6 +25,8 @@ ASLEEP = Seconds(20)
 """Longer than any two cycles are apart while we run: what was not heard in that time says nothing about anybody."""
 SPACING = Seconds(0.005)
 """Least time between cycles, so that a burst of events costs one."""
+A_MOMENT = Seconds(0.05)
+"""What nobody waits for is planned for so much later."""
 _IN_USE = re.compile(r", \d+ requests? runs?\b")
 _AFTER_ERROR = Seconds(1)
 
@@ -55,6 +57,7 @@ class Reconciler:
         self._woke_up = woke_up
         self._took = took
         self._woken = asyncio.Event()
+        self._later: asyncio.TimerHandle | None = None
         self._said: dict[ModelName, str] = {}
         self._reported: Mapping[ModelName, Decision] = {}
         self.latest = Plan()
@@ -66,6 +69,15 @@ class Reconciler:
     def wake(self) -> None:
         """Plan soon: something is different."""
         self._woken.set()
+
+    def wake_later(self) -> None:
+        """Plan in a moment: something is different that nobody waits for, and a client's next request may come before."""
+        if self._later is None:
+            self._later = asyncio.get_running_loop().call_later(A_MOMENT, self._wake_now)
+
+    def _wake_now(self) -> None:
+        self._later = None
+        self.wake()
 
     def decision(self, model: ModelName) -> Decision | None:
         """The latest plan's on this model."""

@@ -141,7 +141,8 @@ class Rig:
     pool: Pool
     book: LeaseBook
     spec: ModelSpec
-    served: list[Served]
+    accounts: Accounts
+    ended: list[Served]
     hosts: list[Host]
     gateway: Gateway
     fronts: Fronts
@@ -166,6 +167,12 @@ class Rig:
     def aim(self, port: int) -> None:
         """The instance listens elsewhere from now on."""
         self.hosts[:] = [replace(host, endpoint=Endpoint(host=HOST, port=port)) for host in self.hosts]
+
+    @property
+    def served(self) -> list[Served]:
+        """What became of every request that is over."""
+        self.accounts.flush()
+        return self.ended
 
     @property
     def load(self) -> int:
@@ -264,7 +271,11 @@ async def rigged(
     accounts = Accounts(clock, served.append, lambda: "")
     rules = Rules()
     door = Door(
-        access=lambda: rules.access, allowed_hosts=lambda: rules.hosts, meter=KeyMeter(clock), patience=Patience(clock, 4096)
+        access=lambda: rules.access,
+        allowed_hosts=lambda: rules.hosts,
+        meter=KeyMeter(clock),
+        patience=Patience(clock, 4096),
+        settle=accounts.flush,
     )
     pool = Pool()
     gateway = Gateway(
@@ -296,7 +307,7 @@ async def rigged(
     await web.SockSite(runner, listener).start()
     complaints: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-    rig = Rig(engine, port, pool, book, spec, served, hosts, gateway, fronts, rules, lane)
+    rig = Rig(engine, port, pool, book, spec, accounts, served, hosts, gateway, fronts, rules, lane)
     try:
         yield rig
         await rig.quiet()

@@ -169,7 +169,42 @@ async def test_connections_are_kept_where_that_is_safe() -> None:
         before = rig.engine.connections
         for _ in range(3):
             assert (await rig.ask(ASK_STREAM))[0] == 200
-        assert rig.engine.connections == before + 3
+        await until(lambda: rig.engine.connections == before + 4, "one for each, and one more for the next")
+
+
+async def test_a_spare_connection_is_made_for_the_next_stream_and_for_no_more_than_there_are_slots() -> None:
+    free = asyncio.Event()
+
+    async def streams(peer: Peer) -> None:
+        peer.say(STREAM + chunked(*HELLO)[: -len(b"0\r\n\r\n")])
+        await free.wait()
+        peer.say(b"0\r\n\r\n")
+
+    async with rigged(streams, slots=2) as rig:
+        first, second = await rig.connect(), await rig.connect()
+        first.send(ASK_STREAM)
+        await first.head()
+        await until(lambda: rig.engine.connections == rig.pool.size == 2, "one is ready")
+        second.send(ASK_STREAM)
+        await second.head()
+        free.set()
+        await until(lambda: rig.load == 0, "both are over")
+        assert rig.engine.connections == 2  # with both slots taken nobody could use another
+        rig.pool.forget(rig.hosts[0].endpoint)
+
+
+async def test_a_spare_connection_that_its_engine_closes_meanwhile_fails_nobody() -> None:
+    async def streams(peer: Peer) -> None:
+        if peer.number == 2:
+            peer.writer.transport.abort()  # as when the request and the end of a kept connection cross
+        else:
+            peer.say(STREAM + chunked(*HELLO))
+
+    async with rigged(streams) as rig:
+        assert (await rig.ask(ASK_STREAM))[0] == 200
+        await until(lambda: rig.engine.connections == rig.pool.size + 1 == 2, "the first is closed, and one is ready")
+        status, _, body = await rig.ask(ASK_STREAM)
+        assert (status, b"[DONE]" in body, len(rig.engine.heads)) == (200, True, 3)
 
 
 async def test_a_connection_is_used_no_more_than_llama_server_allows(monkeypatch: pytest.MonkeyPatch) -> None:
