@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from offloadd.plan.admission import Granted, Queued, Refused, Seat, admit, hopeless
+from offloadd.plan.admission import Granted, Queued, Refused, Seat, admit, admit_sole, hopeless
 from offloadd.state.actions import Decision, ModelState
 from offloadd.state.desired import QueueLimits, RunMode
 from offloadd.state.ids import ModelName
+from offloadd.state.observed import Signal
 from offloadd.units import Instant
 from tests.unit.plan.build import ALPHA, NOW, key, spec
 
@@ -26,6 +27,19 @@ def verdict(state: ModelState, sentence: str = "because", retry_in: float | None
 def test_the_least_loaded_instance_gets_it() -> None:
     answer = admit(QWEN, None, [seat("qwen-1", 2), seat("qwen-2", 1)], 0, now=NOW)
     assert answer == Granted(instance=key("qwen-2"), why="qwen-2 is ready with 1 of 4 slots busy")
+
+
+@pytest.mark.parametrize(
+    "heard", [None, Signal(at=NOW, beyond=3), Signal(at=Instant(NOW - 60), beyond=3)], ids=["nothing", "now", "long ago"]
+)
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("leases", range(6))
+def test_the_only_instance_gets_it_as_it_would_from_a_choice(leases: int, slots: int, heard: Signal | None) -> None:
+    """The short question has the long one's answer, to the word."""
+    answer = admit(QWEN, None, [seat("qwen-1", leases, slots)._replace(signal=heard)], 0, now=NOW)
+    short = admit_sole(key("qwen-1"), leases, slots, heard, now=NOW)
+    assert answer == (Queued() if short is None else Granted(instance=key("qwen-1"), why=short))
+    assert (short is None) == (leases >= slots)
 
 
 def test_load_is_relative_to_slots() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from offloadd.errors import RequestError
+from offloadd.plan.balance import EJECTED, FAILURES
 from offloadd.proxy.lease import Host, Lease
 from offloadd.proxy.leases import LeaseBook
 from offloadd.state.actions import Decision, ModelState
@@ -206,3 +207,65 @@ async def test_nothing_is_noted_of_an_instance_whose_last_request_outlives_it(bo
     last = await book.acquire(SPEC)
     book.release(last)
     assert list(book.demand().idle_since) == [last.host.instance]
+
+
+async def test_what_is_granted_at_once_is_what_would_be_granted_in_line(world: World, book: LeaseBook) -> None:
+    world.slots = {1: 2}
+    first, second = book.grant(SPEC), await book.acquire(SPEC)
+    assert first is not None
+    assert (first.why, second.why) == ("a-1 is ready with 0 of 2 slots busy", "a-1 is ready with 1 of 2 slots busy")
+    assert (first.crowded, second.crowded, first.waited, held(book)) == (True, True, 0, 2)
+    assert book.grant(SPEC) is None  # it is full
+    waiting = await waits(book)
+    book.release(first)
+    assert (await waiting).host.instance == second.host.instance
+    book.release(second)
+    later = await waits(book)
+    assert later.done()
+    assert book.grant(SPEC) is None
+    world.slots = {}
+    assert book.grant(SPEC) is None  # there is none
+
+
+async def test_one_that_has_failed_is_looked_at_more_closely(world: World, book: LeaseBook) -> None:
+    world.slots = {1: 4}
+    for _ in range(FAILURES):
+        book.memory.ill(InstanceId(LOCAL, NAME, 1))
+    lease = book.grant(SPEC)  # the ailing are better than none
+    assert lease is not None
+    book.release(lease)
+    world.time += EJECTED + 1
+    assert book.grant(SPEC) is not None
+    assert book.grant(SPEC) is None  # on trial: one at a time
+
+
+async def test_whoever_holds_one_is_told_once_that_it_goes_away(world: World, book: LeaseBook) -> None:
+    world.slots = {1: 2}
+    told: list[str] = []
+    one, other = await book.acquire(SPEC), await book.acquire(SPEC)
+    one.told = lambda: told.append(one.revoked.result())
+    assert not one.is_revoked
+    for why in ("it died", "it is gone"):
+        book.hang_up(one.host.instance, why, died=True)
+    assert (told, one.is_revoked, other.is_revoked, one.died, other.died) == (["it died"], True, True, True, True)
+
+
+async def test_that_an_instance_rests_is_no_hurry_unless_somebody_waits(world: World) -> None:
+    rested: list[None] = []
+    book = LeaseBook(
+        clock=world,
+        hosts=world.hosts,
+        decision=lambda _: world.decision,
+        wake=world.wake,
+        rested=lambda: rested.append(None),
+    )
+    world.slots = {1: 1}
+    book.release(await book.acquire(SPEC))
+    assert (world.wakes, len(rested)) == (0, 1)
+    lease = await book.acquire(SPEC)
+    waiting = await waits(book)
+    before = world.wakes
+    book.release(lease)
+    assert (world.wakes, len(rested)) == (before + 1, 1)
+    book.release(await waiting)
+    assert len(rested) == 2
