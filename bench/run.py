@@ -105,7 +105,7 @@ def _measured(name: str, parent: Path, tools: Tools, options: argparse.Namespace
 
         def hold(subject: Subject, processes: Processes) -> Result:
             for count in many:
-                result.per_stream[count] = _held(subject, processes, tools, count)
+                _hold(result, subject, processes, tools, count)
             return result
 
         _with(name, parent / f"{name}-many", tools, options, hold, replicas=5)
@@ -184,7 +184,7 @@ def _measure(subject: Subject, processes: Processes, tools: Tools, options: argp
     result.chunk_cpu_us = _per_chunk(subject, processes, tools, options.seconds)
     if subject.argv:
         for count in counts:
-            result.per_stream[count] = _held(subject, processes, tools, count)
+            _hold(result, subject, processes, tools, count)
     return result
 
 
@@ -202,20 +202,20 @@ def _per_chunk(subject: Subject, processes: Processes, tools: Tools, seconds: fl
     return used / (found["rate"] * took) * 1e6 if found["rate"] else None
 
 
-def _held(subject: Subject, processes: Processes, tools: Tools, count: int) -> float:
-    """KiB that each of `count` streams takes while it is open and gets a chunk a second."""
+def _hold(result: Result, subject: Subject, processes: Processes, tools: Tools, count: int) -> None:
+    """How many KiB each of `count` streams takes while it is open and gets a chunk a second; no figure if they cannot be opened."""
     time.sleep(1)
     before = processes.memory()
     argv = [str(tools.load), "hold", str(subject.port), CHAT, str(count), "4", "1000000", "1000000"]
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as client:
         assert client.stderr is not None
-        if client.stderr.readline() != b"open\n":
-            raise RuntimeError(f"{subject.name} did not open {count} streams")
-        time.sleep(2)
-        used = processes.memory() - before
+        if client.stderr.readline() == b"open\n":
+            time.sleep(2)
+            result.per_stream[count] = (processes.memory() - before) / count / 1024
+        else:
+            print(f"{subject.name} did not open {count} streams", file=sys.stderr)
         client.kill()
     time.sleep(1)
-    return used / count / 1024
 
 
 @contextlib.contextmanager
