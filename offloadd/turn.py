@@ -86,8 +86,7 @@ class Turn:
         if late:
             self._late = []
             for transport, data in late:
-                if not transport.is_closing():
-                    transport.write(data)
+                _write(transport, data)
 
     def _end(self) -> None:
         self._under_way = False
@@ -111,6 +110,15 @@ class Turn:
             self.number = 0
             self.flush()
             self._late = None
+
+
+def _write(transport: asyncio.Transport, data: bytes) -> None:
+    try:
+        if not transport.is_closing():
+            transport.write(data)
+    except Exception:
+        log.exception("an answer or a request could not be written", extra=about(EventKind.INTERNAL_ERROR))
+        transport.abort()
 
 
 def _let_work(receiver: Receiver) -> None:

@@ -15,6 +15,7 @@ from offloadd.errors import RequestError
 from offloadd.proxy import bodies, headers, routing
 from offloadd.proxy.account import Accounts
 from offloadd.proxy.dialects import openai
+from offloadd.proxy.dialects.base import Object
 from offloadd.proxy.dialects.multipart import is_form
 from offloadd.proxy.errands import Client, Errand, Means, Order
 from offloadd.proxy.gateway import FORWARDED
@@ -76,11 +77,14 @@ class Express:
             fit = self._fit(spec, turn)
         if not self._may_pass(judged, body, head, fit):
             return None
+        collected = None
+        if fit.only_streams and not head.stream and (collected := _collectable(judged.path, body)) is None:
+            return None
         lease = means.book.grant(spec, head.conversation(spec))
         if lease is None:
             return None
         try:
-            return self._send(judged, body, client, lease, head, fit)
+            return self._send(judged, body, client, lease, head, collected)
         except BaseException:
             means.book.release(lease)
             raise
@@ -95,35 +99,22 @@ class Express:
             and not self._suspicious
             and not may_point(body)
             and judged.caller.may_use(spec.name, spec.aliases)
-            and (head.stream or not fit.only_streams or openai.can_collect(judged.path, routing.read_object(body)))
         )
 
     def _send(
-        self, judged: Judged, body: bytes, client: Client, lease: Lease, head: routing.Head, fit: _Fit
+        self, judged: Judged, body: bytes, client: Client, lease: Lease, head: routing.Head, collected: Object | None
     ) -> Errand | PlainErrand:
+        """`collected`: what is asked for, where the engine is to answer with a stream that is put together here."""
         means, host = self._means, lease.host
-        sent = bodies.readdressed(body, head, host.api)
+        asked = body if collected is None else msgspec.json.encode(openai.as_stream(collected))
+        sent = bodies.readdressed(asked, head, host.api)
         order = Order(judged, body, sent, client, lease, self._new_id(), means.accounts.now())
-        if head.stream or fit.only_streams:
-            return self._send_stream(order, head)
-        kept = means.pool.idle(host)
-        if kept is not None:
+        if not head.stream and collected is None and (kept := means.pool.idle(host)) is not None:
             plain = PlainErrand(means, order, kept)
             plain.send(kept)
             return plain
         errand = Errand(means, order)
-        errand.begin(None, stream=False)
-        return errand
-
-    def _send_stream(self, order: Order, head: routing.Head) -> Errand:
-        """One whose answer is a stream: as it was asked for, or for an engine that can be interrupted only while it streams."""
-        collector = None
-        if not head.stream:
-            fields = routing.read_object(order.sent)
-            collector = openai.Collector(order.judged.path, head.n or 1)
-            order.sent = msgspec.json.encode(openai.as_stream(fields))
-        errand = Errand(self._means, order)
-        errand.begin(collector, stream=bool(head.stream))
+        errand.begin(None if collected is None else openai.Collector(judged.path, head.n or 1), stream=bool(head.stream))
         return errand
 
     def _fit(self, spec: ModelSpec, turn: int) -> _Fit:
@@ -137,6 +128,15 @@ class Express:
             known = self._fits[spec.name] = _Fit(turn, spec, hosts, paths, any(host.cancels_only_streams for host in hosts))
         known.turn = turn
         return known
+
+
+def _collectable(path: str, body: bytes) -> Object | None:
+    """What a body asks for, if the answer to that can be put together from a stream."""
+    try:
+        fields = routing.read_object(body)
+    except RequestError:
+        return None  # the ordinary way says what is wrong with it
+    return fields if openai.can_collect(path, fields) else None
 
 
 def _onward(judged: Judged) -> bytes:

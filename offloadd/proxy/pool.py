@@ -32,6 +32,8 @@ class Pool:
         self.turn = Turn()
         self._idle: dict[str, list[Connection]] = {}
         self._open: set[Connection] = set()
+        self._counts: dict[str, int] = {}
+        """How many of them by instance."""
         self._coming: dict[str, asyncio.Task[None]] = {}
         """Spare connections that are being made."""
         self._sweep: asyncio.TimerHandle | None = None
@@ -60,6 +62,7 @@ class Pool:
                 secure = _certified() if endpoint.tls else None
                 await loop.create_connection(lambda: connection, endpoint.host, endpoint.port, ssl=secure)
         self._open.add(connection)
+        self._counts[connection.key] = self._counts.get(connection.key, 0) + 1
         if self._signing is None:
             self._signing = loop.call_later(SIGN_EVERY, self._sign)
         return connection
@@ -72,7 +75,7 @@ class Pool:
         key = host.kept
         if host.api.lasting or self._idle.get(key) or key in self._coming:
             return
-        if sum(connection.key == key for connection in self._open) < host.slots:
+        if self._counts.get(key, 0) < host.slots:
             self._coming[key] = asyncio.get_running_loop().create_task(self._make_spare(host))
 
     async def _make_spare(self, host: Host) -> None:
@@ -100,10 +103,19 @@ class Pool:
 
     def discard(self, connection: Connection) -> None:
         """It is closed."""
-        self._open.discard(connection)
+        if connection in self._open:
+            self._open.remove(connection)
+            self._count_down(connection.key)
         kept = self._idle.get(connection.key)
         if kept and connection in kept:
             kept.remove(connection)
+
+    def _count_down(self, key: str) -> None:
+        count = self._counts[key] - 1
+        if count:
+            self._counts[key] = count
+        else:
+            del self._counts[key]
 
     def forget(self, endpoint: Endpoint) -> None:
         """Close what is kept for an instance that is to end: some servers wait for their clients to leave."""

@@ -253,3 +253,16 @@ async def test_requests_that_come_early_are_served_in_their_order() -> None:
         client.send(ASK)
         engine.free.set()
         assert [(await client.answer())[0] for _ in range(3)] == [200, 404, 200]
+
+
+@pytest.mark.parametrize("odd", [b'"\xff"', b"1e999"], ids=["no text", "no number"])
+async def test_what_is_wrong_deep_in_a_body_is_said_though_its_head_is_known(odd: bytes) -> None:
+    """Routing does not look there; putting an answer together from a stream does."""
+    said = chunked(*sse(word("a", finish_reason="stop"), b"[DONE]"))
+
+    async def streams(peer: Peer) -> None:
+        peer.say(STREAM + said)
+
+    async with rigged(streams, cancels_only_streams=True) as rig:
+        client = await rig.connect()
+        assert await answers(client, ASK, ASK, b'{"model": "a", "messages": [], "x": %b}' % odd, ASK) == [200, 200, 400, 200]
