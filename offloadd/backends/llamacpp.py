@@ -242,7 +242,7 @@ class LlamaCpp:
         by_hand = bool(spec.args)
         found = {path for path, (on, _) in switched.items() if on or by_hand}
         hints = {path: how for path, (_, how) in switched.items()}
-        return EngineApi(paths=_ALWAYS | found, hints=hints, images=bool(options.mmproj))
+        return EngineApi(paths=_ALWAYS | found, hints=hints, images=bool(options.mmproj), spare=True)
 
     def explain_exit(self, status: ExitStatus, log_tail: Sequence[str], *, was_ready: bool) -> ExitCause:
         """Every failed start is exit 1: only the text tells them apart."""

@@ -68,12 +68,12 @@ class Pool:
         return connection
 
     def spare(self, host: Host) -> None:
-        """A stream comes from there, whose connection is not kept after it: have one ready for the next.
+        """A stream comes from there, whose connection is not kept after it: have one ready for the next, if it does not mind.
 
-        Not beyond what the instance has slots for: an engine has a thread for each connection, and few more threads than slots.
+        Not beyond what the instance has slots for: llama-server has a thread for each connection, and few more threads than slots.
         """
         key = host.kept
-        if host.api.lasting or self._idle.get(key) or key in self._coming:
+        if not host.api.spare or self._idle.get(key) or key in self._coming:
             return
         if self._counts.get(key, 0) < host.slots:
             self._coming[key] = asyncio.get_running_loop().create_task(self._make_spare(host))

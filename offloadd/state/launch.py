@@ -164,6 +164,8 @@ class EngineApi:
     """Whether its OpenAI streams may reach clients as they are: names, ids and endings are OpenAI's, for certain."""
     lasting: bool = False
     """Whether a connection is good for another request after a stream, for certain."""
+    spare: bool = False
+    """Whether a connection to it may wait unused for the next stream, for certain: others are served meanwhile."""
     wire: Wire | None = None
     """What it speaks in place of OpenAI's JSON; the paths are then those that requests to it are translated from."""
 

@@ -263,7 +263,8 @@ async def rigged(
     desired = DesiredState(models={NAME: spec})
     endpoint = Endpoint(host=unix or HOST, port=engine.port)
     backend = BackendName("llamacpp")
-    common = {"slots": slots, "sign": lambda: None, "cancels_only_streams": cancels_only_streams}
+    api = EngineApi(spare=True)
+    common = {"slots": slots, "sign": lambda: None, "cancels_only_streams": cancels_only_streams, "api": api}
     hosts = [Host(instance=InstanceId(LOCAL, NAME, 1), backend=backend, endpoint=endpoint, **common)]  # type: ignore[arg-type]
     clock = SystemClock()
     served: list[Served] = []

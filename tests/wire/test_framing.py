@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from offloadd.state.launch import EngineApi
 from tests.wire.rig import ASK, ASK_STREAM, CHAT, STREAM, Peer, Script, chunked, rigged, sse, until, word
 
 HELLO = sse(word("hel"), word("lo"), b"[DONE]")
@@ -191,6 +193,16 @@ async def test_a_spare_connection_is_made_for_the_next_stream_and_for_no_more_th
         await until(lambda: rig.load == 0, "both are over")
         assert rig.engine.connections == 2  # with both slots taken nobody could use another
         rig.pool.forget(rig.hosts[0].endpoint)
+
+
+async def test_no_connection_waits_at_an_engine_that_may_mind() -> None:
+    """Such as one that serves one connection after another."""
+    async with rigged(says(STREAM + chunked(*HELLO))) as rig:
+        rig.hosts[:] = [replace(host, api=EngineApi()) for host in rig.hosts]
+        for _ in range(3):
+            assert (await rig.ask(ASK_STREAM))[0] == 200
+            await until(lambda: rig.pool.size == 0, "none is left")
+        assert rig.engine.connections == 3
 
 
 async def test_a_spare_connection_that_its_engine_closes_meanwhile_fails_nobody() -> None:
