@@ -28,6 +28,8 @@ SOON = 0.02
 """Seconds until a request that is over is accounted for, if nobody asks before."""
 MOST_OPEN = 256
 """Requests that may wait for that."""
+LARGE = 16 * 1024
+"""Bytes of an answer that is not kept for it."""
 Done = Callable[[Served], None]
 
 
@@ -145,6 +147,8 @@ class Accounts:
     def answered(self, answered: Answered) -> None:
         """The same of a request that got its whole answer at once, which is all that there is to account for."""
         self._add(answered)
+        if len(answered.body) > LARGE:
+            self.flush()
 
     def _add(self, ended: _Ended) -> None:
         self._ended.append(ended)

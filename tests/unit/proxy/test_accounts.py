@@ -67,6 +67,8 @@ async def test_at_once_when_there_are_many_or_somebody_asks(accounts: Accounts, 
     accounts.answered(answered("last"))
     accounts.flush()
     assert served[-1].request == "last"
+    accounts.answered(answered("large", b" " * (module.LARGE + 1)))
+    assert served[-1].request == "large"
 
 
 async def test_the_whole_of_an_account(accounts: Accounts, served: list[Served], caplog: pytest.LogCaptureFixture) -> None:
