@@ -195,8 +195,10 @@ class Serving:
         """One inference request is over. Whoever counts, keeps or explains them is told here."""
         self._parts.control.meters.served(served)
         self._recent.served(served)
-        if served.key:  # else nobody with limits of their own
-            self._meter.spend(caller(), (served.prompt_tokens or 0) + (served.completion_tokens or 0))
+        who = caller()
+        # What is accounted for later is so in anybody's context: its key has no limits, else it would have been at once.
+        if served.key and served.key == who.name:
+            self._meter.spend(who, (served.prompt_tokens or 0) + (served.completion_tokens or 0))
         self._parts.recorder.served(served)
 
     def _allowed_hosts(self) -> frozenset[str]:

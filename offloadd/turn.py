@@ -28,7 +28,7 @@ class Receiver(Protocol):
         """Work through it."""
         ...
 
-    def abort(self) -> None:
+    def broken(self, error: Exception) -> None:
         """Close it: that failed."""
         ...
 
@@ -108,8 +108,10 @@ class Turn:
                 _let_work(receiver)
         finally:
             self.number = 0
-            self.flush()
-            self._late = None
+            try:
+                self.flush()
+            finally:
+                self._late = None
 
 
 def _write(transport: asyncio.Transport, data: bytes) -> None:
@@ -124,6 +126,6 @@ def _write(transport: asyncio.Transport, data: bytes) -> None:
 def _let_work(receiver: Receiver) -> None:
     try:
         receiver.received()
-    except Exception:
+    except Exception as error:
         log.exception("what came on a connection could not be worked through", extra=about(EventKind.INTERNAL_ERROR))
-        receiver.abort()
+        receiver.broken(error)

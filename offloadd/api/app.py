@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 
 from offloadd.api import listing, views
-from offloadd.api.caller import caller, identify
+from offloadd.api.caller import caller, forget, identify
 from offloadd.api.dashboard import dashboard_route
 from offloadd.api.express import ADMITTED
 from offloadd.api.guard import check_host, check_site, cors_headers, preflight
@@ -251,6 +251,7 @@ def _middleware(door: Door, ended: Ended, shape: Shape, begun: Begun) -> Any:
     async def around(request: web.Request, handler: Handler) -> web.StreamResponse:
         number = call_it(request, _given_id(request) or request.get(_ID_KEY) or new_id())
         _present_id.set(number)
+        forget()
         door.settle()
         response: web.StreamResponse | None = None
         refusal: RequestError | None = None

@@ -24,6 +24,11 @@ def caller() -> Caller:
     return _present.get()
 
 
+def forget() -> None:
+    """Of whoever this task's context was made for nothing is known any more: a request has come whose caller is not yet known."""
+    _present.set(EVERYTHING)
+
+
 def identify(request: web.Request, access: Access) -> Caller:
     """The caller, remembered for the rest of the request; RequestError 401 when the key that it shows is none of ours."""
     found = _identify(request, access)

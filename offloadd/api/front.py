@@ -251,6 +251,8 @@ class Front(BaseProtocol):
                 self._come += data
             else:
                 self._come = data
+                if self._known is not None:
+                    self._known.limit = None  # it is we who let the client wait
                 self._all.turn.request(self)
             return
         self._early.append(data)
@@ -264,8 +266,8 @@ class Front(BaseProtocol):
         if data and not self._begin(data):
             self._read(data)
 
-    def abort(self) -> None:
-        """Close it, whatever is under way."""
+    def broken(self, error: Exception) -> None:
+        """Close it: that failed."""
         if self.transport is not None:
             self.transport.abort()
 
@@ -395,6 +397,7 @@ class Front(BaseProtocol):
         if transport is None or known is None:
             return
         if not keep or self._all.closed:
+            self._all.turn.flush()  # its answer may be among what is written at the end
             transport.close()
             return
         known.wait(IDLE, self._all.patience.now())

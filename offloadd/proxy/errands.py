@@ -214,6 +214,13 @@ class Errand:
 
     def _run(self, lost: Exception | None) -> None:
         self._task = asyncio.get_running_loop().create_task(self._rest(lost))
+        self._task.add_done_callback(self._never_begun)
+
+    def _never_begun(self, task: asyncio.Task[None]) -> None:
+        """A task that is cancelled ahead of its first step, as when engine and client leave at once, does nothing of its own."""
+        if task.cancelled() and not self._closed:
+            self.exchange.cancel()
+            self._left()
 
     def _over(self, lost: Exception | None) -> None:
         if lost is not None:

@@ -84,7 +84,8 @@ class Pool:
         except (OSError, TimeoutError):
             return  # whoever needs one will see why
         finally:
-            self._coming.pop(host.kept, None)
+            if self._coming.get(host.kept) is asyncio.current_task():
+                del self._coming[host.kept]
         connection.waited = True
         self.give_back(connection, keep=True)
 

@@ -134,7 +134,7 @@ class Passing(Exchange):
         write = self._stream.raw
         if write is not None and self._exchanged is None:
             connection.pass_through(self._tap.into(write))
-        if streamed:
+        if streamed and not self._lease.is_revoked:
             self._pool.spare(self._lease.host)
 
     def _feed(self, piece: bytes) -> None:

@@ -224,6 +224,10 @@ class Connection(asyncio.Protocol):
         if data:
             self._read(data)
 
+    def broken(self, error: Exception) -> None:
+        """Close it, and tell whoever waits for its answer: that failed."""
+        self._fail(error if isinstance(error, OSError) else ConnectionError(str(error) or type(error).__name__))
+
     def _read(self, data: bytes) -> None:
         taker, parser = self._taker, self._parser
         if taker is None or parser is None:

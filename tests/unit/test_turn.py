@@ -53,8 +53,8 @@ class Connection:
         self.turn.write(cast(Any, transport), self.data)
         transport.closing = self.closes
 
-    def abort(self) -> None:
-        self.log.said.append(f"{self.name} is closed")
+    def broken(self, error: Exception) -> None:
+        self.log.said.append(f"{self.name} is closed: {error}")
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ async def test_one_that_fails_is_closed_and_the_others_are_not(log: Log, caplog:
     turn.request(Connection(turn, log, "b", fails=True))
     turn.request(Connection(turn, log, "c"))
     await asyncio.sleep(0)
-    assert log.said[2:] == ["b works", "b is closed", "c works", "c writes 1"]
+    assert log.said[2:] == ["b works", "b is closed: it cannot", "c works", "c writes 1"]
     assert "it cannot" in caplog.text
 
 

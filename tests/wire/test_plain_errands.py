@@ -226,6 +226,47 @@ async def ask_until_full(rig: Rig, client: Client) -> int:
     raise AssertionError("there is no end to what it takes")
 
 
+async def test_an_engine_and_a_client_that_leave_at_once_leave_nothing_behind() -> None:
+    """So that both are seen in one turn of the loop, the engine's end first."""
+
+    async def then(peer: Peer) -> None:
+        await peer.left()
+
+    for order in (0, 1):
+        async with under_way(then) as (rig, client, free):
+            ends = [*rig.engine.open, client.writer]
+            for writer in ends if order == 0 else reversed(ends):
+                writer.transport.abort()
+            free.set()
+            await until(lambda rig=rig: not rig.fronts.open, "it is gone")  # type: ignore[misc]
+            await rig.quiet()
+            assert [one.fate for one in rig.served] == [Fate.ANSWERED] * 2 + [Fate.CANCELLED]
+
+
+async def test_answers_that_come_while_the_end_is_near_reach_their_clients() -> None:
+    """Several in one turn of the loop: what is written at its end is written before a connection is closed."""
+    free = asyncio.Event()
+
+    async def echoes(peer: Peer) -> None:
+        await free.wait()
+        peer.say(answer(peer.body))
+
+    async with rigged(echoes, slots=64) as rig:
+        clients = [await rig.connect() for _ in range(12)]
+        for turn in range(2):
+            free.clear()
+            for number, client in enumerate(clients):
+                client.send({**ASK, "n": 1, "mark": f"{turn}-{number}"})
+            await until(lambda: rig.load == 12, "all are under way")
+            if turn == 1:
+                rig.fronts.closed = True
+            free.set()
+            for number, client in enumerate(clients):
+                status, _, body = await client.answer()
+                assert (status, msgspec.json.decode(body)["mark"]) == (200, f"{turn}-{number}")
+        assert [await client.reader.read() for client in clients] == [b""] * 12
+
+
 async def test_one_that_takes_nothing_is_waited_for_before_its_next_request_is_looked_at() -> None:
     large = b'{"text": "' + b"x" * 200_000 + b'"}'
 
