@@ -376,7 +376,7 @@ class Front(BaseProtocol):
         """What is under way is this now."""
         self._errand = errand
 
-    def resort(self, judged: Judged, body: bytes, number: str, prepare: Callable[[web.Request], None]) -> None:
+    def resort(self, judged: Judged, body: bytes, number: str, prepare: Callable[[web.Request], None]) -> asyncio.Task[None]:
         """What began without a task came to nothing: what remains to be done is an ordinary request's, of the same number."""
         self._errand = None
         place = self._all.places[judged.path.encode()]
@@ -385,6 +385,7 @@ class Front(BaseProtocol):
         call_it(request, number)
         prepare(request)
         self.task = self._loop.create_task(self._handle(place, request))
+        return self.task
 
     def ended(self, *, keep: bool) -> None:
         """What was under way is over. `keep`: another request may follow on the connection."""

@@ -39,6 +39,7 @@ class Account:
     __slots__ = (
         "arrived",
         "broken",
+        "closed",
         "dialect",
         "early",
         "granted",
@@ -78,6 +79,7 @@ class Account:
         """`won` or `lost`, where a second instance was asked too: by whether the answer is that one's."""
         self.turned_away = False
         """Whether it was refused within an answer that had begun while it waited."""
+        self.closed = False
         self.streamed = False
         self.size_in = 0
         self.reason = ""
@@ -175,6 +177,7 @@ class Accounts:
             self._done(served)
 
     def _close(self, account: Account, request_id: str, status: int | None, key: str, now: Instant) -> None:
+        account.closed = True
         served = _sum_up(account, request_id, status, key, now)
         account.early = account.lost = None  # both know the request, and the request this: a ring that would keep it
         _log(served)

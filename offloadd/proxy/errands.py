@@ -55,8 +55,8 @@ class Client(Protocol):
         """What is under way for it is this now."""
         ...
 
-    def resort(self, judged: Judged, body: bytes, number: str, prepare: Callable[[web.Request], None]) -> None:
-        """Go on as an ordinary request."""
+    def resort(self, judged: Judged, body: bytes, number: str, prepare: Callable[[web.Request], None]) -> asyncio.Task[None]:
+        """Go on as an ordinary request, by this task."""
         ...
 
 
@@ -271,7 +271,13 @@ class Errand:
         stream = self._stream
         if stream is None or not stream.status:
             self._means.book.release(self._order.lease)
-            self._order.client.resort(self._order.judged, self._order.body, self._order.number, self._hand_on(error))
+            order, accounts, account = self._order, self._means.accounts, self._account
+
+            def ended(task: asyncio.Task[None]) -> None:
+                if task.cancelled() and not account.closed:  # ahead of its first step: its client has left
+                    accounts.settle(account, order.number, None, order.judged.caller.name)
+
+            order.client.resort(order.judged, order.body, order.number, self._hand_on(error)).add_done_callback(ended)
             self._part()
             return
         self._account.broken, self._account.reason = True, str(error)

@@ -15,6 +15,7 @@ import pytest
 
 from tests.conformance.servers import HOST, Reply, free_port, until
 from tests.integration.daemon import CHAT, Daemon, chat, model, running
+from tests.integration.engines import daemon_of, served_by
 
 ADMIN = "admin-key-0f9d5c2f6a7b4e3d8c1a"
 USER = "user-key-7b4e3d8c1a0f9d5c2f6a"
@@ -222,3 +223,26 @@ def _asked_as(user: int, path: Path, headers: str = "") -> bytes:
     os.waitpid(child, 0)
     with os.fdopen(reading, "rb") as pipe:
         return pipe.read()
+
+
+def test_tokens_are_charged_to_whose_they_are(tmp_path: Path) -> None:
+    """Also where one key's request has opened the connection to the engine on which another's answers come."""
+    keys = [
+        {"name": "metered", "key": "${env:FEW_KEY}", "limits": {"tokens_per_minute": 60}},
+        {"name": "free", "key": "${env:USER_KEY}"},
+        {"name": "ops", "key": "${env:ADMIN_KEY}", "scopes": ["admin"]},
+    ]
+    models = {"a": served_by("vllm", run="always")}  # whose connections are used again
+    env = {"FEW_KEY": FEW, "USER_KEY": USER, "ADMIN_KEY": ADMIN}
+    with daemon_of(tmp_path, models, env=env) as daemon:
+        daemon.wait_for("a")
+        daemon.write(models, server={**daemon.base["server"], "auth": {"keys": keys}})
+        until(lambda: daemon.request("GET", "/models").status == 401, "keys are asked for")
+        first = ask(daemon, "POST", CHAT, FEW, chat())
+        assert first.status == 200
+        tokens = first.json()["usage"]["total_tokens"]
+        assert 2 <= tokens <= 25  # so that two of its own are within its limit, and thirty of another's would not be
+        for _ in range(30):
+            assert ask(daemon, "POST", CHAT, USER, chat()).status == 200
+        assert ask(daemon, "GET", "/models", ADMIN).status == 200  # all that was served is accounted for by now
+        assert ask(daemon, "POST", CHAT, FEW, chat()).status == 200

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from offloadd.api.front import Front
 from offloadd.proxy import plain_errand
 from offloadd.proxy.plain_errand import PlainErrand
 from offloadd.state.served import Fate
@@ -241,6 +242,32 @@ async def test_an_engine_and_a_client_that_leave_at_once_leave_nothing_behind() 
             await until(lambda rig=rig: not rig.fronts.open, "it is gone")  # type: ignore[misc]
             await rig.quiet()
             assert [one.fate for one in rig.served] == [Fate.ANSWERED] * 2 + [Fate.CANCELLED]
+
+
+async def test_one_that_leaves_as_its_request_becomes_an_ordinary_one_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead of the first step of the task that goes on with it."""
+    resort = Front.resort
+
+    def and_leaves(self: Front, *order: Any) -> asyncio.Task[None]:
+        task = resort(self, *order)
+        transport = self.transport
+        self.connection_lost(None)
+        assert transport is not None
+        transport.abort()
+        return task
+
+    async def then(peer: Peer) -> None:
+        peer.say(answer(WHOLE)[:-5])
+        await peer.flush()
+        peer.writer.close()
+
+    async with under_way(then) as (rig, client, free):
+        monkeypatch.setattr(Front, "resort", and_leaves)
+        free.set()
+        assert await client.reader.read() == b""
+        await until(lambda: len(rig.served) == 3, "it is accounted for")
+        assert rig.served[-1].fate is Fate.CANCELLED
+        assert rig.load == 0
 
 
 async def test_answers_that_come_while_the_end_is_near_reach_their_clients() -> None:
