@@ -24,6 +24,16 @@ def answer(body: bytes, head: bytes = b"") -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
 
 
+def echo_when(free: asyncio.Event) -> Script:
+    """An engine that answers with what it was asked, when it is told to."""
+
+    async def echoes(peer: Peer) -> None:
+        await free.wait()
+        peer.say(answer(peer.body))
+
+    return echoes
+
+
 def plain(rig: Rig) -> int:
     """Requests that are under way as this is about."""
     return sum(isinstance(front._errand, PlainErrand) for front in rig.fronts.open)
@@ -90,10 +100,7 @@ async def test_the_answer_is_the_engine_s_however_it_comes(said: list[bytes]) ->
 async def test_many_at_once_get_each_its_own() -> None:
     """They and their answers come in the same turns of the loop."""
     free = asyncio.Event()
-
-    async def echoes(peer: Peer) -> None:
-        await free.wait()
-        peer.say(answer(peer.body))
+    echoes = echo_when(free)
 
     async with rigged(echoes, slots=64) as rig:
         clients = [await rig.connect() for _ in range(40)]
@@ -273,10 +280,7 @@ async def test_one_that_leaves_as_its_request_becomes_an_ordinary_one_is_account
 async def test_answers_that_come_while_the_end_is_near_reach_their_clients() -> None:
     """Several in one turn of the loop: what is written at its end is written before a connection is closed."""
     free = asyncio.Event()
-
-    async def echoes(peer: Peer) -> None:
-        await free.wait()
-        peer.say(answer(peer.body))
+    echoes = echo_when(free)
 
     async with rigged(echoes, slots=64) as rig:
         clients = [await rig.connect() for _ in range(12)]
