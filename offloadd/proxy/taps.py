@@ -18,7 +18,7 @@ from offloadd.units import Instant
 
 _PIECES = 4
 """The event with the count comes last, or before `[DONE]`; one more may lie between."""
-KEPT = 4096
+_KEPT = 4096
 """Of each such piece, and of the first: an answer that is no stream may begin with its usage."""
 _CHUNK_LINE = re.compile(rb"\r\n[0-9a-fA-F]{1,7}\r\n")
 """Pieces may come with the framing of their chunks."""
@@ -105,11 +105,11 @@ class Tap:
         if tail is None:
             tail = self._tail = deque(maxlen=_PIECES)
             self.began = self._clock.now()
-            self._head = piece[:KEPT]
+            self._head = piece[:_KEPT]
         self.size += len(piece)
         # A line break within JSON is escaped, so two of them in a row end an event.
         self.events += piece.count(b"\n\n")
-        tail.append(piece if len(piece) <= KEPT else piece[-KEPT:])
+        tail.append(piece if len(piece) <= _KEPT else piece[-_KEPT:])
 
     def into(self, write: Callable[[bytes], None]) -> Callable[[bytes], None]:
         """What sees a piece and hands it to `write`: one call for both, since a token costs little else."""
@@ -123,12 +123,12 @@ class Tap:
         else:
             self.size += len(piece)
             self.events += piece.count(b"\n\n")
-            tail.append(piece if len(piece) <= KEPT else piece[-KEPT:])
+            tail.append(piece if len(piece) <= _KEPT else piece[-_KEPT:])
         self._write(piece)
 
     def whole(self, body: bytes) -> None:
         """All of it at once."""
-        if len(body) > KEPT:
+        if len(body) > _KEPT:
             self.feed(body)
             return
         self.began = self._clock.now()
@@ -145,15 +145,15 @@ class Tap:
             return tokens_in(self._head)
         tail = self._tail or ()
         seen = [self._head, b"".join(tail)]
-        if self.size <= KEPT and 0 < len(tail) < _PIECES:
+        if self.size <= _KEPT and 0 < len(tail) < _PIECES:
             del seen[0]  # all of it is in the other
         return _found(seen)
 
 
 def tokens_in(body: bytes) -> Tokens:
     """What a whole answer says."""
-    if len(body) > KEPT:
-        return _found((body[:KEPT], body[-KEPT:]))
+    if len(body) > _KEPT:
+        return _found((body[:_KEPT], body[-_KEPT:]))
     said = _said(body)
     return _found((body,)) if said is None else said
 
